@@ -1,0 +1,1 @@
+"""Callbacks to add to any Lightning Trainer."""

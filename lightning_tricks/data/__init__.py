@@ -1,0 +1,1 @@
+"""Loaders that resume exactly and read the user's files."""

@@ -1,0 +1,1 @@
+"""The seam: what a trick may ask of whatever strategy trains."""

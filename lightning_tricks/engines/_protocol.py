@@ -1,0 +1,96 @@
+"""What a trick may ask of the engine that trains: the one seam between tricks and strategies."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Engine"]
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """The engine behind a Trainer, as tricks see it. Get it with `engine_of(trainer)`.
+
+    Methods come in two phases. *Configure* methods are called from a callback's `setup()`, before the strategy
+    has wrapped the model. *Live* methods are called once training runs. A method marked *collective* must be
+    called on every rank, in the same order. What an engine cannot do exactly raises `UnsupportedError`.
+    """
+
+    @property
+    def name(self) -> str:
+        """The engine's name: `one_device`, `ddp`, `fsdp2`, `zero_1`, `zero_2` or `zero_3`."""
+
+    @property
+    def rank(self) -> int:
+        """This process's rank among all. Any phase; free."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of data-parallel processes. Any phase; free."""
+
+    # -- configure ---------------------------------------------------------------------------------------------
+
+    def claim_gradient_clipping(self, trick: str) -> None:
+        """Reserve norm clipping for `trick`. Configure phase; free.
+
+        Raises:
+            MisconfigurationError: if the Trainer, the engine's own configuration or another trick clips as well;
+                the message names both.
+        """
+
+    # -- gradients: live, inside `on_before_optimizer_step` ----------------------------------------------------
+
+    def is_optimizer_step(self) -> bool:
+        """Whether this `on_before_optimizer_step` precedes a real step, not just another micro-batch. Free."""
+
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
+        """Global 2-norm of this step's gradients: fp32, zero-dimensional, unscaled, the same on every rank.
+
+        Live, inside `on_before_optimizer_step` of a real step. Collective. Computed once a step however many tricks
+        ask; it waits for nothing. Not finite when a gradient is not.
+        """
+
+    def clip_gradient_norm(self, optimizer: Optimizer, limit: float | Tensor) -> None:
+        """Scale this step's gradients by `min(1, limit / norm)`; leave them alone if the norm is not finite.
+
+        Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. Collective.
+        """
+
+    # -- weights: live, between steps --------------------------------------------------------------------------
+
+    def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The entries that a checkpoint of the module holds, whole, one at a time, on the CPU.
+
+        Parameters come at the precision of the master weights (fp32), buffers as they are; names are the plain
+        module's, compiled or not. Live. Collective: exhaust it on every rank. Memory: one tensor at a time.
+        """
+
+    def save_weights(self, path: Path, metadata: dict[str, str] | None = None) -> None:
+        """Stream `named_full_weights()` into one safetensors file, written by rank 0. Live. Collective.
+
+        The file appears under `path` only when it is complete.
+        """
+
+    def load_weights(self, path: Path) -> None:
+        """Put the weights of a file written by `save_weights` back: parameters, master copies, buffers.
+
+        Live. Collective. Bit-exact after `save_weights`. Each rank reads only what it holds.
+
+        Raises:
+            CheckpointError: if a name is missing or too many, or a shape differs; the first one is named.
+        """
+
+    # -- ranks: live -------------------------------------------------------------------------------------------
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all ranks, as a new tensor without gradient. Collective."""
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The `value` (picklable) that rank `source` holds, on every rank. Collective."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""

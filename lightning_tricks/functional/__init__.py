@@ -1,0 +1,1 @@
+"""Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""

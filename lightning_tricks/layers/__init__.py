@@ -1,0 +1,1 @@
+"""Modules that the mixins put into a model."""

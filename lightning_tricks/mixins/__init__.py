@@ -1,0 +1,1 @@
+"""Mixins to subclass beside LightningModule."""

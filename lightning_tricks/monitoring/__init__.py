@@ -1,0 +1,1 @@
+"""State that watches a model after training."""

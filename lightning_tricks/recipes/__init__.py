@@ -1,0 +1,1 @@
+"""Complete LightningModules and DataModules that stack the tricks."""

@@ -1,0 +1,1 @@
+"""Strategy presets and the flags that select them."""
