@@ -1,1 +1,0 @@
-"""State that watches a model after training."""

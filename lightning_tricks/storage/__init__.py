@@ -1,0 +1,1 @@
+"""Weights on disk: streamed, atomic, safe to load."""
