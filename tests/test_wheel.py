@@ -37,8 +37,9 @@ class Module(LoRAMixin, L.LightningModule):
 
 data = torch.utils.data.TensorDataset(torch.randn(16, 4), torch.arange(16) % 2)
 loader = torch.utils.data.DataLoader(data, batch_size=4)
-trainer = L.Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_checkpointing=False,
-                    callbacks=[GradientClipping(1.0), CheckpointEnsemble(TopK(2, monitor="val/loss"))])
+tricks = [GradientClipping(1.0), CheckpointEnsemble(TopK(2, monitor="val/loss"))]
+quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False)
+trainer = L.Trainer(accelerator="cpu", max_epochs=2, callbacks=tricks, **quiet)
 trainer.fit(Module(), loader, loader)
 assert trainer.global_step == 8
 print("trained")
@@ -70,8 +71,8 @@ def test_wheel_holds_the_package_alone(distributions):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sdist_holds_the_catalogue(distributions):
-    names = tarfile.open(next(distributions.glob("*.tar.gz"))).getnames()
-    inside = {name.partition("/")[2] for name in names}
+    with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "LICENSE", "callbacks/gradient_clipping.yaml", "strategies/zero_2.yaml"} <= inside
 
 

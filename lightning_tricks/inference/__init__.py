@@ -1,1 +1,0 @@
-"""What happens to trained weights: averaging, export."""
