@@ -1,1 +1,7 @@
-"""Callbacks to add to any Lightning Trainer."""
+"""Callbacks: thin Lightning hooks, one trick a file."""
+
+from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble, TopK
+from lightning_tricks.callbacks.early_stopping import EarlyStopping
+from lightning_tricks.callbacks.gradient_clipping import ClippingPolicy, FixedNorm, GradientClipping
+
+__all__ = ["CheckpointEnsemble", "ClippingPolicy", "EarlyStopping", "FixedNorm", "GradientClipping", "TopK"]

@@ -1,1 +1,22 @@
 """Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""
+
+from lightning_tricks.functional.class_weights import balanced_weights, weighted_cross_entropy_sums
+from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
+from lightning_tricks.functional.gradient_clipping import clip_coefficient
+from lightning_tricks.functional.lora import low_rank_update
+from lightning_tricks.functional.patterns import is_glob, path_matches
+from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
+
+__all__ = [
+    "balanced_weights",
+    "clip_coefficient",
+    "fingerprint",
+    "infer_mode",
+    "is_glob",
+    "is_improvement",
+    "low_rank_update",
+    "path_matches",
+    "rank_scores",
+    "same_fingerprint",
+    "weighted_cross_entropy_sums",
+]
