@@ -1,0 +1,77 @@
+"""Norm and scaling of gradients, whole or sharded, without waiting for the device."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["global_norm", "gradients_of", "scale_to_norm"]
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients that the optimizer's parameters have, each once."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The 2-norm over all elements on all ranks, fp32. Collective if some gradients are sharded.
+
+    Shards' squares are summed in double precision, where no fp32 norm overflows.
+    """
+    if not gradients:
+        return torch.zeros((), device=device)
+    if not any(_is_sharded(gradient) for gradient in gradients):
+        return _norm(gradients)
+    squares = [
+        _sum_over_shards(_norm(group).double().square().to(device), group[0]) for group in _by_placement(gradients)
+    ]
+    return torch.stack(squares).sum().sqrt().float()
+
+
+def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, limit: float | Tensor) -> None:
+    """Scale gradients in place by `min(1, limit / norm)`; by 1 if the norm is not finite."""
+    factor = torch.clamp(torch.as_tensor(limit, device=norm.device) / (norm + 1e-6), max=1.0)
+    factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor)).to(norm.dtype)
+    parts = [_local(gradient) for gradient in gradients]
+    if dense := [part for part in parts if not part.is_sparse]:
+        torch._foreach_mul_(dense, factor)
+    for part in parts:
+        if part.is_sparse:
+            part.mul_(factor)
+
+
+def _by_placement(gradients: Iterable[Any]) -> list[list[Tensor]]:
+    """Gradients laid out over the ranks alike, together."""
+    groups: dict[object, list[Tensor]] = {}
+    for gradient in gradients:
+        placement = (gradient.device_mesh, gradient.placements) if _is_sharded(gradient) else None
+        groups.setdefault(placement, []).append(gradient)
+    return list(groups.values())
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    parts = [_local(gradient) for gradient in gradients]
+    dense = [part.coalesce().values() if part.is_sparse else part for part in parts]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense, 2, dtype=torch.float32)))
+
+
+def _sum_over_shards(value: Tensor, like: Any) -> Tensor:
+    if not _is_sharded(like):
+        return value
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    layout = [Partial() if placement.is_shard() else Replicate() for placement in like.placements]
+    total: Tensor = DTensor.from_local(value, like.device_mesh, layout).full_tensor()  # type: ignore[no-untyped-call]
+    return total
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

@@ -1,0 +1,28 @@
+"""Which process this is, and what the others hold, with or without a Trainer."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["ranks", "sum_over_ranks"]
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of processes, from the live process group; (0, 1) without one.
+
+    Example:
+        >>> ranks()
+        (0, 1)
+    """
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
+    """The sum over all ranks as a new tensor on the tensor's own device. `device` is where this rank communicates."""
+    if ranks()[1] == 1:
+        return tensor.detach().clone()
+    total = tensor.detach().to(device, copy=True).contiguous()
+    torch.distributed.all_reduce(total)
+    return total.to(tensor.device)
