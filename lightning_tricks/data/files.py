@@ -1,6 +1,7 @@
 """Read columns of the user's files: CSV, TSV, Parquet and JSON lines, plain, .bz2 or .gz."""
 
 import bz2
+import codecs
 import csv
 import difflib
 import gzip
@@ -45,7 +46,7 @@ def read_columns(path: str | Path, names: Sequence[str]) -> Columns:
     try:
         with path.open("rb") as raw, decompress(raw) as stream:
             content = stream.read()
-        if not content.strip():
+        if not content.removeprefix(codecs.BOM_UTF8).strip():
             raise DataError(f"`{path}` is empty. Give a file with a header and rows.")
         return read(path, content, names)
     except UnicodeDecodeError as error:
@@ -78,7 +79,7 @@ def refuse_nulls(values: Sequence[Any], column: str, path: str | Path) -> None:
     """
     rows = [row for row, value in enumerate(values, 1) if is_null(value)]
     if rows:
-        listed = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
+        listed = ", ".join(map(str, rows[:SHOWN])) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
         raise DataError(
             f"Column `{column}` of `{path}` is blank in {len(rows)} of {len(values)} rows:"
             f" row{'s' * (len(rows) > 1)} {listed}. Remove or fill {'them' if len(rows) > 1 else 'it'}."

@@ -61,6 +61,6 @@ def _refuse_unsplittable(found: np.ndarray, counts: np.ndarray) -> None:
     for name, count in zip(found, counts, strict=True):
         if count < 3:
             raise DataError(
-                f"Class `{name}` has {count} example{'s' * (count > 1)}, too few to be stratified: training, validation"
-                " and test need one each. Add examples, merge it into another class, or remove it."
+                f"Class `{name}` has {count} example{'s' * int(count > 1)}, too few to be stratified: training,"
+                " validation and test need one each. Add examples, merge it into another class, or remove it."
             )

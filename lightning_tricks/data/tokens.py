@@ -195,6 +195,6 @@ def _load(entry: Path) -> TokenizedTexts:
         if len(tokens) == offsets[-1]:
             return TokenizedTexts(tokens, offsets)
         problem = "its parts do not match"
-    except (OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError) as error:
         problem = str(error)
     raise DataError(f"The cache entry `{entry}` is damaged: {problem}. Delete it; it will be written again.")
