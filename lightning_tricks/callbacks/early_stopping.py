@@ -118,6 +118,7 @@ class EarlyStopping(TrickCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best weights back."""
+        self._shelf.settle(self.engine)
         if self.best_path is not None:
             self.engine.load_weights(self.best_path)
         if trainer.is_global_zero:
