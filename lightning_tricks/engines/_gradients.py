@@ -64,7 +64,7 @@ def _sum_over_shards(value: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     layout = [Partial() if placement.is_shard() else Replicate() for placement in like.placements]
-    total: Tensor = DTensor.from_local(value, like.device_mesh, layout).full_tensor()  # type: ignore[no-untyped-call]
+    total: Tensor = DTensor.from_local(value, like.device_mesh, layout).full_tensor()
     return total
 
 

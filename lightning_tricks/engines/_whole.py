@@ -26,7 +26,7 @@ def whole(parameter: Tensor) -> Tensor:
         full: Tensor = plain.full_tensor()
         return full
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        from lightning_tricks.engines._zero_tensors import full_value
+        from lightning_tricks.engines._deepspeed import full_value
 
         return full_value(parameter)
     return parameter.detach()

@@ -1,0 +1,206 @@
+"""DeepSpeed ZeRO 1-3: fp32 masters in flat pieces, and a norm that is read before the step that uses it.
+
+DeepSpeed's private attributes are touched here and in `_zero_strategy.py` only; those of its optimizers are listed in
+`PRIVATE`, which a test compares with the DeepSpeed installed.
+"""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_tricks.engines._base import BaseEngine, Entry
+from lightning_tricks.errors import MisconfigurationError, UnsupportedError
+from lightning_tricks.storage import WeightsFile
+
+__all__ = ["DeepSpeedEngine", "full_value"]
+
+PRIVATE = {
+    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": ("scaled_global_norm", "update_lp_params"),
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
+        "_get_norm_groups",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "invalidate_secondary_tensor",
+    ),
+}
+
+
+class DeepSpeedEngine(BaseEngine):
+    """The engine of `zero_1`, `zero_2`, `zero_3` and of Lightning's `DeepSpeedStrategy` at those stages."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._stage = int(_config(trainer).get("zero_optimization", {}).get("stage", 0))
+        super().__init__(trainer, f"zero_{self._stage}")
+        self._gradients: _StepGradients | None = None
+        if self._stage == 0:
+            raise UnsupportedError(
+                "A trick", "DeepSpeed without ZeRO", "its optimizer keeps no norm", "use `strategy='ddp'` or 'zero_1'"
+            )
+
+    # -- gradients ---------------------------------------------------------------------------------------------
+
+    def claim_gradient_clipping(self, trick: str) -> None:
+        """Reserve norm clipping for `trick`; the DeepSpeed configuration may not clip as well."""
+        super().claim_gradient_clipping(trick)
+        if threshold := _config(self._trainer).get("gradient_clipping"):
+            raise MisconfigurationError(
+                f"{trick} and the DeepSpeed configuration (`gradient_clipping: {threshold}`) both clip gradients:"
+                " remove one."
+            )
+
+    def is_optimizer_step(self) -> bool:
+        """Whether DeepSpeed will step: Lightning's own strategy calls the hook on every micro-batch."""
+        return bool(self._live.is_gradient_accumulation_boundary())
+
+    def _norm(self, optimizer: Optimizer) -> Tensor:
+        return self._step_gradients().norm()
+
+    def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
+        self._step_gradients().clip(float(limit) if bool(norm.isfinite()) else 0.0)
+
+    def _step_gradients(self) -> "_StepGradients":
+        if self._gradients is None or self._gradients.engine is not self._live:
+            self._gradients = _StepGradients(self._live, self._stage)
+        return self._gradients
+
+    @property
+    def _live(self) -> Any:
+        return self._trainer.strategy.model
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def _layout(self, tensor: Any) -> tuple[torch.dtype, tuple[int, ...]]:
+        dtype = torch.float32 if _has_master(tensor) else tensor.dtype
+        return dtype, tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return full_value(tensor)
+
+    def load_weights(self, path: Any) -> None:
+        """Put the weights of a file written by `save_weights` back."""
+        if self._stage == 3 and hasattr(self._live.optimizer, "_partition_all_parameters"):
+            self._live.optimizer._partition_all_parameters()  # drop whole copies, which would stay as they were
+        super().load_weights(path)
+
+    def _write(self, entry: Entry, file: WeightsFile) -> None:
+        tensor: Any = entry.tensor
+        if hasattr(tensor, "ds_id"):
+            _write_partition(tensor, entry.name, file)
+        elif hasattr(tensor, "_hp_mapping"):
+            _write_fragment(tensor, entry.name, file)
+        else:
+            tensor.copy_(file.tensor(entry.name))
+
+    def _publish(self) -> None:
+        optimizer = self._live.optimizer
+        if self._stage < 3 and hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+        elif hasattr(optimizer, "persistent_parameters"):
+            for group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+            optimizer.invalidate_secondary_tensor()
+
+
+class _StepGradients:
+    """Reads a ZeRO optimizer's norm before its step, lets that step reuse it, and clips in that step alone.
+
+    DeepSpeed asks for the norm once within `step()`. This takes the place of the method that it asks.
+    """
+
+    def __init__(self, engine: Any, stage: int) -> None:
+        self.engine = engine
+        self._optimizer = engine.optimizer
+        self._stage = stage
+        method = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+        self._compute = _private(self._optimizer, method)
+        setattr(self._optimizer, method, self._within_step)
+        self._known: tuple[int, Any] = (-1, None)
+        self._limit: tuple[int, float] = (-1, 0.0)
+
+    def norm(self) -> Tensor:
+        """The unscaled global norm; not a number where DeepSpeed marks a non-finite one by -1."""
+        result = self._compute()
+        self._known = (self.engine.global_steps, result)
+        if self._stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            result = combine_grad_norm_groups(result)
+        scaled = torch.as_tensor(result).float().reshape(())
+        return torch.where(scaled < 0, torch.nan, scaled) / float(self._optimizer.loss_scale)
+
+    def clip(self, limit: float) -> None:
+        """Let the coming step clip at `limit`, and only that one."""
+        self._limit = (self.engine.global_steps, limit)
+
+    def _within_step(self, *args: Any, **kwargs: Any) -> Any:
+        step = self.engine.global_steps
+        self._optimizer.clip_grad = self._limit[1] if self._limit[0] == step else self.engine.gradient_clipping()
+        return self._known[1] if self._known[0] == step else self._compute(*args, **kwargs)
+
+
+def full_value(parameter: Any) -> Tensor:
+    """A parameter's whole value, from its fp32 master if it is trained. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if _has_master(parameter):
+        master: Tensor = safe_get_full_fp32_param(parameter)
+        return master
+    if not hasattr(parameter, "ds_id"):
+        plain: Tensor = parameter.detach()
+        return plain
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        gathered: Tensor = parameter.detach().clone()
+    return gathered
+
+
+def _has_master(parameter: Any) -> bool:
+    return hasattr(parameter, "_hp_mapping") or (parameter.requires_grad and hasattr(parameter, "_z3_optimizer"))
+
+
+def _write_fragment(parameter: Any, name: str, file: WeightsFile) -> None:
+    """ZeRO-1/2: this rank's slice of the flattened parameter, into its master."""
+    if (mapping := parameter._hp_mapping) is not None:
+        address = mapping.lp_fragment_address
+        mapping.hp_fragment.copy_(file.elements(name, address.start, address.start + address.numel))
+
+
+def _write_partition(parameter: Any, name: str, file: WeightsFile) -> None:
+    """ZeRO-3: this rank's equal part of the flattened parameter, the last one padded with zeros."""
+    size = parameter.ds_tensor.numel()
+    start = torch.distributed.get_rank(parameter.ds_process_group) * size
+    stop = min(start + size, math.prod(parameter.ds_shape))
+    values = torch.zeros(size)
+    if start < stop:
+        values[: stop - start] = file.elements(name, start, stop)
+    if _has_master(parameter):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, values)
+    else:
+        parameter.ds_tensor.copy_(values)
+
+
+def _private(optimizer: Any, name: str) -> Any:
+    if not hasattr(optimizer, name):
+        import deepspeed
+
+        raise UnsupportedError(
+            "The gradient norm",
+            f"DeepSpeed {deepspeed.__version__}",
+            f"its {type(optimizer).__name__} has no `{name}`",
+            "install the DeepSpeed of constraints.txt, or set no `data_types` in its configuration",
+        )
+    return getattr(optimizer, name)
+
+
+def _config(trainer: Trainer) -> dict[str, Any]:
+    config: dict[str, Any] = getattr(trainer.strategy, "config", None) or {}
+    return config

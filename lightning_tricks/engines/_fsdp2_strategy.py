@@ -1,0 +1,178 @@
+"""FSDP2 as a Lightning strategy that shards a plain LightningModule by itself."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
+from lightning_tricks.errors import MisconfigurationError
+
+__all__ = ["FSDP2Strategy"]
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallelism, version 2, for an unchanged LightningModule.
+
+    Each repeated block is sharded on its own, and the rest with the module. Weights are broadcast from rank 0 first.
+    A module that shards itself in `configure_model` is left as it is. The step hooks run through the module's own call,
+    so that its parameters are whole there. A checkpoint folder appears only when it is complete.
+
+    Args:
+        shard: class names of the blocks to shard. Empty: those that a Hugging Face model names in
+            `_no_split_modules`, else the items of any `ModuleList` whose class occurs in it at least twice.
+
+    Raises:
+        MisconfigurationError: if `shard` names a class that the module does not contain.
+
+    References:
+        Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
+    """
+
+    def __init__(self, *, shard: Sequence[str] = ()) -> None:
+        if isinstance(shard, str):
+            raise MisconfigurationError(f"`shard` must be a list of class names, got {shard!r}: write [{shard!r}].")
+        super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
+        self.shard = tuple(shard)
+
+    # -- processes -------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Start the process group with all processes in one data-parallel dimension."""
+        refuse_oversubscription(self)
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    # -- the module ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard the module, then build the optimizers on its shards."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self.accelerator.setup(trainer)  # type: ignore[union-attr]
+        self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
+        self._shard(self.model)
+        _materialize_distributed_module(self.model, self.root_device)
+        self.model_to_device()
+        self.barrier()
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _shard(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        if any(isinstance(part, FSDPModule) for part in module.modules()):
+            return
+        blocks = find_blocks(module, self.shard)
+        self._broadcast_from_rank_zero(module)
+        mesh, dtypes = self.device_mesh["data_parallel"], _dtypes(str(self.precision_plugin.precision))
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
+        # The module's own inputs are batches: targets and all are left as they are.
+        policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+    def _broadcast_from_rank_zero(self, module: nn.Module) -> None:
+        """`fully_shard` keeps each rank's own values, one shard from each: they must come from one initialisation."""
+        with torch.no_grad():
+            for tensor in [*module.parameters(), *module.buffers()]:
+                if not tensor.is_meta:
+                    moved = tensor.detach().to(self.root_device).contiguous()
+                    torch.distributed.broadcast(moved, 0)
+                    tensor.copy_(moved)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's step, through the module's call, where FSDP2 gathers the parameters."""
+        with self.precision_plugin.train_step_context():
+            return self._redirect("training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `training_step`, without a backward."""
+        return self._evaluate(self.precision_plugin.val_step_context(), "validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `training_step`, without a backward."""
+        return self._evaluate(self.precision_plugin.test_step_context(), "test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `training_step`, without a backward."""
+        return self._evaluate(self.precision_plugin.predict_step_context(), "predict_step", *args, **kwargs)
+
+    def _evaluate(self, context: AbstractContextManager[Any], name: str, *args: Any, **kwargs: Any) -> Any:
+        with context:
+            output = self._redirect(name, *args, **kwargs)
+        self._reshard()  # no backward will: parameters must be shards again for whoever reads them
+        return output
+
+    def _redirect(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self.lightning_module
+        return self._forward_redirection(module, module, name, *args, **kwargs)
+
+    def _reshard(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in self.lightning_module.modules():  # type: ignore[union-attr]
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint folder, complete or not there. Called on all ranks."""
+        path = Path(self.broadcast(filepath))
+        write = super().save_checkpoint
+        save_folder(self, path, lambda partial: write(checkpoint, partial, storage_options))
+
+
+def find_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
+    """The blocks to shard one by one, none inside another, none sharing a parameter with the rest."""
+    wanted = set(names) or {
+        name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()
+    }
+    found = [part for part in module.modules() if type(part).__name__ in wanted and part is not module]
+    missing = set(names) - {type(part).__name__ for part in found}
+    if missing:
+        present = sorted({type(part).__name__ for part in module.modules()} - {type(module).__name__})
+        raise MisconfigurationError(
+            f"`shard` names {sorted(missing)[0]!r}, which {type(module).__name__} does not contain. It contains: "
+            f"{', '.join(present)}."
+        )
+    return [block for block in _outermost(found or list(_repeated(module))) if _owns_its_parameters(block, module)]
+
+
+def _repeated(module: nn.Module) -> Iterator[nn.Module]:
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList):
+            classes = Counter(type(item) for item in part)
+            yield from (item for item in part if classes[type(item)] >= 2 and any(True for _ in item.parameters()))
+
+
+def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
+    inner = {id(part) for block in blocks for part in block.modules() if part is not block}
+    return [block for block in dict.fromkeys(blocks) if id(block) not in inner]
+
+
+def _owns_its_parameters(block: nn.Module, module: nn.Module) -> bool:
+    """Whether no module outside the block holds one of its parameters: tied weights belong to the common parent."""
+    inside = {id(part) for part in block.modules()}
+    own = {id(parameter) for parameter in block.parameters()}
+    outside = (part for part in module.modules() if id(part) not in inside)
+    return not any(id(p) in own for part in outside for p in part.parameters(recurse=False))
+
+
+def _dtypes(precision: str) -> dict[str, Any]:
+    low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    return {} if low is None else {"param_dtype": low, "reduce_dtype": torch.float32}

@@ -1,0 +1,257 @@
+"""DeepSpeed's ZeRO as a Lightning strategy, on GPU and on CPU, counting accumulation as one device does."""
+
+import argparse
+import atexit
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
+from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
+
+__all__ = ["ZeroStrategy"]
+
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_state_dict_hooks",
+)
+_LARGEST_BUCKET = 200_000_000  # elements; Lightning's own
+_SMALLEST_BUCKET = 2**20
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """ZeRO with the results of one device.
+
+    Beyond Lightning's `DeepSpeedStrategy`: it runs on CPU over gloo; Lightning accumulates gradients, so a loss is
+    divided once and windows end with the epoch; buckets scale with the model; a checkpoint folder appears only when it
+    is complete, leaves out frozen weights that the module's state dict leaves out, and never brings an old clipping
+    threshold back.
+
+    Args:
+        stage: what is divided over the ranks: 1 optimizer state, 2 gradients as well, 3 parameters as well.
+        bucket_size: elements (at least 1) reduced or gathered at once; `"auto"` is an eighth of the trained
+            parameters, but no less than 2**20 (or all of them) and no more than 2e8.
+
+    Raises:
+        MissingDependencyError: if DeepSpeed is not installed.
+        MisconfigurationError: if an option is out of range.
+
+    References:
+        Rajbhandari et al.: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (SC 2020).
+    """
+
+    strategy_name = "zero"
+
+    def __init__(self, *, stage: Literal[1, 2, 3] = 2, bucket_size: int | Literal["auto"] = "auto") -> None:
+        _refuse_options(stage, bucket_size)
+        _require_deepspeed()
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is first imported
+        super().__init__(stage=stage, logging_level=logging.ERROR)
+        self.bucket_size = bucket_size
+        self._engine_hooks: list[tuple[dict[int, Any], int]] = []
+
+    # -- accumulation: Lightning counts, DeepSpeed is told ---------------------------------------------------------
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Never: DeepSpeed would divide the loss a second time and let windows cross the end of an epoch."""
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this for every micro-batch that is not the last of its window."""
+        self.deepspeed_engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+
+    def _format_batch_size_and_grad_accum_config(self) -> None:
+        super()._format_batch_size_and_grad_accum_config()
+        self._config["gradient_accumulation_steps"] = 1
+        self._config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    # -- processes -------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Start the process group; on CPU as well, which Lightning's own strategy refuses."""
+        refuse_oversubscription(self)
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """Join the process group, and leave it at exit."""
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+        else:
+            reset_seed()
+            self.set_world_ranks()
+            _use_cpu()
+            with _gloo_only():
+                self._init_deepspeed_distributed()
+        atexit.register(_destroy_dist_connection)  # threads that outlive the interpreter abort the process
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+
+    def _setup_model_and_optimizer(
+        self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise MisconfigurationError(
+                f"{type(model).__name__} has no parameter that requires a gradient: ZeRO has nothing to train."
+            )
+        self._size_buckets(trained)
+        return self._initialize(
+            model, self._config, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
+        )
+
+    def _initialize_deepspeed_inference(self, model: Module) -> None:
+        kept = ["fp16", "bf16"] + ["zero_allow_untested_optimizer", "zero_optimization"] * bool(self.zero_stage_3)
+        config = {"train_micro_batch_size_per_gpu": 1, **{k: self._config[k] for k in kept if k in self._config}}
+        self._forget_training(model)
+        self.model, _ = self._initialize(model, config, model_parameters=[])
+
+    def _initialize(self, model: Module, config: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+        import deepspeed
+
+        before = _hook_ids(model)
+        engine, optimizer, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self._device_rank()),
+            config=config,
+            model=model,
+            dist_init_required=False,
+            **options,
+        )
+        self._engine_hooks = [(hooks, key) for hooks, key in _hooks(model) if (id(hooks), key) not in before]
+        return engine, optimizer
+
+    def _forget_training(self, model: Module) -> None:
+        """Take off DeepSpeed's hooks and its references to master weights, and nobody else's hooks."""
+        for hooks, key in self._engine_hooks:
+            hooks.pop(key, None)
+        self._engine_hooks = []
+        for parameter in model.parameters():
+            for name in ("_hp_mapping", "_z3_optimizer"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+
+    def _size_buckets(self, trained: list[torch.nn.Parameter]) -> None:
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+        automatic = min(max(elements // 8, min(elements, _SMALLEST_BUCKET)), _LARGEST_BUCKET)
+        size = automatic if self.bucket_size == "auto" else self.bucket_size
+        self._config["zero_optimization"].update(reduce_bucket_size=size, allgather_bucket_size=size)
+        if self.zero_stage_3:
+            self._config["zero_optimization"].setdefault("stage3_prefetch_bucket_size", size)
+
+    def _device_rank(self) -> int:
+        return self.local_rank if self.root_device.index is None else self.root_device.index
+
+    @property
+    def _required_module(self) -> LightningModule:
+        module: LightningModule = self.lightning_module  # type: ignore[assignment]
+        return module
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.config  # type: ignore[assignment]
+        return config
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint folder, complete or not there. Called on all ranks."""
+        path = Path(self.broadcast(filepath))
+        self.exclude_frozen_parameters = self._frozen_left_out()
+        write = super().save_checkpoint
+        save_folder(self, path, lambda partial: write(checkpoint, partial, storage_options))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint folder. The clipping threshold stays the one configured now."""
+        path = Path(self.broadcast(checkpoint_path))
+        self._refuse_other_ranks(path)
+        state = super().load_checkpoint(path, weights_only)
+        optimizer = self.deepspeed_engine.optimizer
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = self.deepspeed_engine.gradient_clipping()
+        return state
+
+    def _frozen_left_out(self) -> bool:
+        """Whether the module's state dict leaves out all of its frozen parameters, as an adapter's does."""
+        module = self._required_module
+        frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        return bool(frozen) and frozen.isdisjoint(module.state_dict())
+
+    def _refuse_other_ranks(self, path: Path) -> None:
+        saved = len(list(path.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
+        fitting = self._required_module.trainer.state.fn == "fit"
+        if fitting and saved and saved != self.world_size:
+            raise CheckpointError(
+                f"{path} was saved by {saved} processes and this run has {self.world_size}: ZeRO resumes on the same"
+                f" number. Use `devices={saved}`, or start from its weights with `read_checkpoint`."
+            )
+
+
+def _refuse_options(stage: Any, bucket_size: Any) -> None:
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
+        raise MisconfigurationError(f"`stage` must be 1, 2 or 3, got {stage!r}. Without ZeRO, use `strategy='ddp'`.")
+    whole = isinstance(bucket_size, int) and not isinstance(bucket_size, bool)
+    if bucket_size != "auto" and not (whole and bucket_size >= 1):
+        raise MisconfigurationError(f"`bucket_size` must be 'auto' or at least 1 element, got {bucket_size!r}.")
+
+
+def _require_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingDependencyError(
+            "ZeRO needs DeepSpeed, which is not installed: pip install 'lightning-tricks[deepspeed]'"
+        )
+
+
+def _use_cpu() -> None:
+    """Make DeepSpeed compute on the CPU where the machine has a GPU too."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())
+
+
+@contextmanager
+def _gloo_only() -> Iterator[None]:
+    """Without DeepSpeed's shared-memory collectives, whose first use compiles C++ and fails without a compiler."""
+    from deepspeed.comm import torch as backend
+
+    build = backend.build_shm_op
+    backend.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = build
+
+
+def _hooks(model: Module) -> Iterator[tuple[dict[int, Any], int]]:
+    for module in model.modules():
+        for name in _HOOKS:
+            hooks = getattr(module, name)
+            yield from ((hooks, key) for key in list(hooks))
+
+
+def _hook_ids(model: Module) -> set[tuple[int, int]]:
+    return {(id(hooks), key) for hooks, key in _hooks(model)}

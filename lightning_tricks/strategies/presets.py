@@ -1,0 +1,102 @@
+"""The strategy presets: functions for those who set options, and the table of flags that name them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy
+
+__all__ = ["PRESETS", "Preset", "fsdp2", "register", "zero"]
+
+
+class Preset(NamedTuple):
+    """What a flag stands for.
+
+    Args:
+        function: builds the strategy.
+        arguments: what the flag passes to it.
+        doc: one line.
+
+    Example:
+        >>> PRESETS["zero_2"].arguments
+        {'stage': 2}
+    """
+
+    function: Callable[..., Strategy]
+    arguments: dict[str, Any]
+    doc: str
+
+
+def zero(*, stage: Literal[1, 2, 3] = 2, bucket_size: int | Literal["auto"] = "auto") -> ZeroStrategy:
+    """DeepSpeed ZeRO: optimizer state, gradients and parameters divided over the ranks, on GPU and on CPU.
+
+    Needs DeepSpeed: `pip install 'lightning-tricks[deepspeed]'`.
+
+    Args:
+        stage: what is divided: 1 optimizer state, 2 gradients as well, 3 parameters as well.
+        bucket_size: elements (1 to about 2e8) reduced or gathered at once; `"auto"` scales it to the model.
+
+    Raises:
+        MissingDependencyError: if DeepSpeed is not installed.
+        MisconfigurationError: if an option is out of range.
+
+    Example:
+        >>> from lightning_tricks.strategies import zero
+        >>> zero(stage=4)
+        Traceback (most recent call last):
+        ...
+        lightning_tricks.errors.MisconfigurationError: `stage` must be 1, 2 or 3, got 4. ...
+
+    References:
+        Rajbhandari et al.: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (SC 2020).
+    """
+    return ZeroStrategy(stage=stage, bucket_size=bucket_size)
+
+
+def fsdp2(*, shard: Sequence[str] = ()) -> FSDP2Strategy:
+    """Fully sharded data parallelism (FSDP2) of an unchanged LightningModule, on GPU and on CPU.
+
+    Args:
+        shard: class names of the blocks to shard one by one. Empty: those that a Hugging Face model names, else the
+            items of any `ModuleList` whose class occurs in it at least twice.
+
+    Raises:
+        MisconfigurationError: if a name is not in the module.
+
+    Example:
+        >>> from lightning_tricks.strategies import fsdp2
+        >>> fsdp2(shard=["Block"]).shard
+        ('Block',)
+
+    References:
+        Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
+    """
+    return FSDP2Strategy(shard=shard)
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "fsdp2": Preset(fsdp2, {}, "FSDP2: parameters, gradients and optimizer state divided over the ranks."),
+        "zero_1": Preset(zero, {"stage": 1}, "DeepSpeed ZeRO-1: optimizer state divided over the ranks."),
+        "zero_2": Preset(zero, {"stage": 2}, "DeepSpeed ZeRO-2: optimizer state and gradients divided over the ranks."),
+        "zero_3": Preset(
+            zero, {"stage": 3}, "DeepSpeed ZeRO-3: optimizer state, gradients and parameters divided over the ranks."
+        ),
+    }
+)
+
+
+def register() -> None:
+    """Make the flags of `PRESETS` known to Lightning. `import lightning_tricks` does it.
+
+    Example:
+        >>> from lightning.pytorch.strategies import StrategyRegistry
+        >>> register()
+        >>> "zero_2" in StrategyRegistry
+        True
+    """
+    for flag, preset in PRESETS.items():
+        if flag not in StrategyRegistry:
+            StrategyRegistry.register(flag, preset.function, description=preset.doc, **preset.arguments)
