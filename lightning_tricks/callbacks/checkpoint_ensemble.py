@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,16 +132,10 @@ class CheckpointEnsemble(TrickCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the members of a resumed run."""
+        self._resumed = False
         _refuse_running_statistics(pl_module)
-        if is_dry_run(trainer):
-            return
-        gone = self._shelf.start([member.file for member in self._kept], self.engine)
-        if gone:
-            rank_zero_warn(
-                f"CheckpointEnsemble: {len(gone)} of {len(self._kept)} members are not in {self._shelf.path('')} and "
-                "are left out. To keep them, resume with the `dirpath` of the run that wrote them."
-            )
-            self._kept = [member for member in self._kept if member.file not in gone]
+        if not is_dry_run(trainer):
+            self._find_members()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights if they are among the best."""
@@ -158,20 +154,17 @@ class CheckpointEnsemble(TrickCallback):
         """Average the members, write the ensemble, and score it."""
         if is_dry_run(trainer):
             return
-        if not self._kept:
-            log.warning("CheckpointEnsemble: no validation gave a finite `%s`: no ensemble.", self.members.monitor)
-            return
         self._shelf.settle(self.engine)
-        self.path = self._shelf.path("ensemble.ckpt")
-        average = self._shelf.path(self._shelf.new_name("mean", trainer.global_step))
-        self._average(average)
-        write_ensemble(trainer, self.engine, average, self.path, [asdict(member) for member in self._oldest_first()])
-        with borrowed_weights(self.engine, average, self._shelf.path(self._shelf.new_name("raw", trainer.global_step))):
-            found = validate(trainer)
-        if self.members.monitor in found:
-            found[self.members.monitor] = joint(found[self.members.monitor], pl_module, self.engine)
-        self._publish(trainer, found)
-        self._shelf.evict([average.name], self.engine)
+        with self._averaged(trainer) as average:
+            if average is not None:
+                self._score(trainer, pl_module, average)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the ensemble, unscored, if a resumed fit found nothing left to train, so that training never began."""
+        if self._resumed and not is_dry_run(trainer):
+            self._find_members()
+            with self._averaged(trainer):
+                pass
 
     def _identity(self) -> dict[str, Any]:
         folder = None if self.dirpath is None else Path(self.dirpath).name
@@ -193,6 +186,7 @@ class CheckpointEnsemble(TrickCallback):
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        self._resumed = True
         self._kept = [_Member(**member) for member in state["members"]]
         self._shelf.restore(state["shelf"])
 
@@ -200,6 +194,7 @@ class CheckpointEnsemble(TrickCallback):
         self.path = None
         self.results = {}
         self._kept = []
+        self._resumed = False
         self._shelf = Shelf()
 
     def _folder(self, trainer: Trainer) -> Path:
@@ -236,13 +231,41 @@ class CheckpointEnsemble(TrickCallback):
             self._shelf.new_name("member", step), epoch, step, score, {**metrics, self.members.monitor: score}
         )
 
-    def _oldest_first(self) -> list[_Member]:
-        return sorted(self._kept, key=lambda member: member.step)
+    def _find_members(self) -> None:
+        gone = self._shelf.start([member.file for member in self._kept], self.engine)
+        if gone:
+            rank_zero_warn(
+                f"CheckpointEnsemble: {len(gone)} of {len(self._kept)} members are not in {self._shelf.path('')} and "
+                "are left out. To keep them, resume with the `dirpath` of the run that wrote them."
+            )
+            self._kept = [member for member in self._kept if member.file not in gone]
 
-    def _average(self, out: Path) -> None:
-        if self.engine.rank == 0:
-            average_weights([self._shelf.path(member.file) for member in self._oldest_first()], out)
-        self.engine.barrier()
+    @contextmanager
+    def _averaged(self, trainer: Trainer) -> Iterator[Path | None]:
+        """Write the ensemble, and lend the weights file of the average; None if there is no member."""
+        if not self._kept:
+            rank_zero_warn(f"CheckpointEnsemble: no validation gave a finite `{self.members.monitor}`: no ensemble.")
+            yield None
+            return
+        self.path = self._shelf.path("ensemble.ckpt")
+        members = sorted(self._kept, key=lambda member: member.step)
+        average = self._shelf.path(self._shelf.new_name("mean", trainer.global_step))
+        try:
+            if self.engine.rank == 0:
+                average_weights([self._shelf.path(member.file) for member in members], average)
+            self.engine.barrier()
+            write_ensemble(trainer, self.engine, average, self.path, [asdict(member) for member in members])
+            yield average
+        finally:
+            self._shelf.evict([average.name], self.engine)
+
+    def _score(self, trainer: Trainer, pl_module: LightningModule, average: Path) -> None:
+        raw = self._shelf.path(self._shelf.new_name("raw", trainer.global_step))
+        with borrowed_weights(self.engine, average, raw):
+            found = validate(trainer)
+        if self.members.monitor in found:
+            found[self.members.monitor] = joint(found[self.members.monitor], pl_module, self.engine)
+        self._publish(trainer, found)
 
     def _publish(self, trainer: Trainer, found: dict[str, float]) -> None:
         best = {name: self._kept[0].metrics[name] for name in found if name in self._kept[0].metrics}

@@ -91,6 +91,7 @@ class EarlyStopping(TrickCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the files of a resumed run, and stop at once if it had already run out of patience."""
+        self._resumed = False
         if self.restore_best and not is_dry_run(trainer):
             self._find_files()
         self._stop_if_due(trainer, trainer.current_epoch)
@@ -119,10 +120,13 @@ class EarlyStopping(TrickCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best weights back."""
         self._shelf.settle(self.engine)
-        if self.best_path is not None:
-            self.engine.load_weights(self.best_path)
-        if trainer.is_global_zero:
-            log.info(self._summary())
+        self._finish(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the best weights back if a resumed fit found nothing left to train, so that training never began."""
+        if self._resumed and self.restore_best and not is_dry_run(trainer):
+            self._find_files()
+            self._finish(trainer)
 
     def _identity(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "mode": self.mode}
@@ -145,6 +149,7 @@ class EarlyStopping(TrickCallback):
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        self._resumed = True
         self.wait_count = state["wait_count"]
         self.best_score = state["best_score"]
         self.best_step = state["best_step"]
@@ -155,10 +160,17 @@ class EarlyStopping(TrickCallback):
     def _reset(self) -> None:
         self.best_score = self.best_step = self.stopped_reason = self._best_file = None
         self.wait_count = 0
+        self._resumed = False
         self._shelf = Shelf()
 
     def _files(self) -> list[str]:
         return [] if self._best_file is None else [self._best_file]
+
+    def _finish(self, trainer: Trainer) -> None:
+        if self.best_path is not None:
+            self.engine.load_weights(self.best_path)
+        if trainer.is_global_zero:
+            log.info(self._summary())
 
     def _find_files(self) -> None:
         gone = self._shelf.start(self._files(), self.engine)

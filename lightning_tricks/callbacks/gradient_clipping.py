@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_tricks.callbacks._base import TrickCallback
 from lightning_tricks.errors import MisconfigurationError
+from lightning_tricks.functional import clip_coefficient
 
 __all__ = ["ClippingPolicy", "FixedNorm", "GradientClipping"]
 
@@ -125,7 +126,7 @@ class GradientClipping(TrickCallback):
 
 
 def _log(pl_module: LightningModule, norm: Tensor, limit: float | Tensor, suffix: str) -> None:
-    clipped = (torch.isfinite(norm) & (norm > limit)).to(norm.dtype)
+    clipped = (clip_coefficient(norm, limit) < 1).to(norm.dtype)
     on_device = limit if isinstance(limit, Tensor) else torch.full_like(norm, limit)  # a fill waits for nothing
     for name, value in (("total", norm), ("limit", on_device), ("clipped", clipped)):
         pl_module.log(f"grad_norm/{name}{suffix}", value, on_step=True, on_epoch=False)

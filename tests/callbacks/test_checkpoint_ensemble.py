@@ -215,11 +215,20 @@ def test_members_that_are_gone_are_reported(trainer, scripted, tmp_path):
     assert len(callback.scores) == 2
 
 
-def test_without_a_finite_score_there_is_no_ensemble(trainer, scripted, caplog):
+def test_without_a_finite_score_there_is_no_ensemble(trainer, scripted):
     callback = ensemble()
-    trainer([callback], max_epochs=2).fit(scripted([math.nan]))
+    with pytest.warns(UserWarning, match="no validation gave a finite `val/score`"):
+        trainer([callback], max_epochs=2).fit(scripted([math.nan]))
     assert callback.path is None
-    assert "no validation gave a finite `val/score`" in caplog.text
+
+
+def test_resuming_a_finished_run_writes_the_ensemble(trainer, scripted, diary, same_weights, tmp_path):
+    saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
+    trainer([ensemble(), saver, diary], enable_checkpointing=True).fit(scripted(SCORES))
+    callback, module = ensemble(), scripted(SCORES)
+    trainer([callback]).fit(module, ckpt_path=saver.last_model_path)
+    assert same_weights(torch.load(callback.path, weights_only=True)["state_dict"], mean_of(diary, [1, 3, 4]))
+    assert same_weights(module.state_dict(), diary.weights[5])
 
 
 def test_a_dry_run_writes_nothing(trainer, scripted, tmp_path):

@@ -217,6 +217,15 @@ def test_resuming_a_stopped_run_trains_no_further(trainer, scripted, tmp_path, d
     assert same_weights(module.state_dict(), diary.weights[0])
 
 
+def test_resuming_a_finished_run_restores_the_best_weights(trainer, scripted, tmp_path, diary, same_weights):
+    saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
+    scores = [3.0, 1.0, 2.0]
+    trainer([stopping(), saver, diary], enable_checkpointing=True, max_epochs=3).fit(scripted(scores))
+    module = scripted(scores)
+    trainer([stopping()], max_epochs=3).fit(module, ckpt_path=saver.last_model_path)
+    assert same_weights(module.state_dict(), diary.weights[1])
+
+
 def test_best_weights_that_are_gone_are_reported(trainer, scripted, tmp_path):
     saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
     trainer([stopping(), saver], enable_checkpointing=True, max_epochs=2).fit(scripted([1.0, 3.0, 2.0]))
