@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_tricks.engines import whole
 from lightning_tricks.errors import CheckpointError
 from lightning_tricks.functional import fingerprint, same_fingerprint
 
@@ -42,8 +43,6 @@ class FrozenBase:
 
     def fingerprints(self, owner: nn.Module) -> dict[str, dict[str, str]]:
         """The fingerprint of each frozen parameter, computed when first asked for. Collective."""
-        from lightning_tricks.engines import whole
-
         found = {}
         for raw_name, parameter in self.parameters(owner):
             name = raw_name.replace(_COMPILED, "")

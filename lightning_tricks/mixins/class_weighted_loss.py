@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_tricks.engines import engine_of
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional import balanced_weights, weighted_cross_entropy_sums
 from lightning_tricks.mixins._order import require_before_lightning_module
@@ -119,8 +120,6 @@ class ClassWeightedLossMixin(_Base):
             trainer = self.trainer
         except RuntimeError:  # not attached to one
             return value, 1
-        from lightning_tricks.engines import engine_of
-
         engine = engine_of(trainer)
         return engine.sum_over_ranks(value), engine.world_size
 

@@ -189,7 +189,7 @@ def _require_same_options(adapted: dict[str, dict[str, Any]], recorded: dict[str
             here = adapted.get(prefix, {}).get(option)
             if here != value:
                 raise CheckpointError(
-                    f"`{prefix}` was adapted with {option}={value:g} in this checkpoint, but here with {option}={here}: "
+                    f"`{prefix}` was adapted with {option}={value:g} in this checkpoint, here with {option}={here}: "
                     "adapt it with the options that the checkpoint was trained with."
                 )
 
