@@ -18,7 +18,7 @@ from lightning_tricks.recipes._scores import Scores
 __all__ = ["TextClassifier"]
 
 LEARNING_RATES = {"lora": 1e-3, "head": 5e-3, "full": 5e-5}
-WARMUP = 0.1  # the share of all steps
+START, WARMUP = 0.1, 0.1  # the share of the learning rate to start from, and of all steps to rise in
 WEIGHT_DECAY = 0.01
 DROPOUT = 0.1  # before the head
 
@@ -28,9 +28,9 @@ Batch = dict[str, Tensor]
 class TextClassifier(LoRAMixin, ClassWeightedLossMixin, L.LightningModule):
     """An encoder, a pooled vector a text, dropout and a linear head called `classifier`.
 
-    Trains with AdamW on what is trainable; the learning rate rises linearly over the first tenth of the steps, then
-    falls linearly to 0. Dropout is a function of the epoch, batch, rank and global seed alone, so that a resumed run
-    ends where an uninterrupted one does.
+    Trains with AdamW on what is trainable. The learning rate rises linearly from a tenth over the first tenth of the
+    steps, then falls linearly to 0. Dropout is a function of the epoch, batch, rank and global seed alone, so that a
+    resumed run ends where an uninterrupted one does.
 
     Logs `train/loss` every step, and `val/...` and `test/...` exactly over ranks: `loss` (the same weighted mean that
     is trained), `accuracy`, `macro_f1` and, for each class, `recall_<label>`. `predict_step` gives probabilities.
@@ -141,9 +141,13 @@ class TextClassifier(LoRAMixin, ClassWeightedLossMixin, L.LightningModule):
         """AdamW with a linear warm-up and a linear descent, over the steps that the Trainer will take."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=self.lr, weight_decay=WEIGHT_DECAY)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
+        schedule = LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        # Asked for here, not in `configure_optimizers`: that would have Lightning set the loader up before its position
+        # is restored, which then never happens.
+        return START if step == 0 else _rate(step, self.trainer.estimated_stepping_batches)
 
     def _measure(self, scores: Scores, batch: Batch) -> None:
         scores.update(self(batch).float(), batch["labels"], self.class_weights)
@@ -156,10 +160,12 @@ class TextClassifier(LoRAMixin, ClassWeightedLossMixin, L.LightningModule):
 
 def _rate(step: int, steps: float) -> float:
     """The share of the highest learning rate at `step` of `steps`, which may be infinite."""
-    warmup = max(1, round(WARMUP * steps)) if steps < float("inf") else 1
+    if steps == float("inf"):
+        return 1.0
+    warmup = max(1, round(WARMUP * steps))
     if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return max(0.0, (steps - step) / (steps - warmup)) if warmup < steps < float("inf") else 1.0
+        return START + (1 - START) * step / warmup
+    return max(0.0, (steps - step) / max(1, steps - warmup))
 
 
 def _one_of(option: str, value: Any, known: tuple[str, ...]) -> None:

@@ -66,6 +66,8 @@ class TextClassificationData(L.LightningDataModule):
         self.tokenizer_name, self.max_length = tokenizer, max_length
         self.batch_size, self.limit, self.seed = batch_size, limit, seed
         self._tokens: TokenizedTexts | None = None
+        self._train_loader: TricksDataLoader | None = None
+        self._position: dict[str, int] | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -100,7 +102,23 @@ class TextClassificationData(L.LightningDataModule):
     def train_dataloader(self) -> TricksDataLoader:
         """Training texts, in a new order every epoch, unless `overfit_batches` repeats the same few."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return self._loader(self._split.train, shuffle=not overfit)
+        self._train_loader = self._loader(self._split.train, shuffle=not overfit)
+        if self._position is not None:
+            self._train_loader.load_state_dict(self._position)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training texts.
+
+        Lightning restores that of a loader itself, but not if `configure_optimizers` asked for the number of steps.
+        """
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a position in the training texts."""
+        self._position = state_dict.get("train")
+        if self._train_loader is not None and self._position is not None:
+            self._train_loader.load_state_dict(self._position)
 
     def val_dataloader(self) -> TricksDataLoader:
         """Validation texts, the short ones first: there is less to pad."""

@@ -8,11 +8,16 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import IterableDataset
 
 from lightning_tricks.data import TricksDataLoader, loader
 from lightning_tricks.errors import DataError, MisconfigurationError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`isinstance.treespec, LeafSpec:FutureWarning",  # Lightning on torch 2.13
+    "ignore:.*does not have many workers",
+    "ignore:The number of training batches",
+)
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -221,6 +226,22 @@ def test_datasets_that_cannot_be_ordered():
         make(0)
 
 
+class Saver(L.Callback):
+    """Saves a checkpoint wherever Lightning may save one."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"epoch-{trainer.current_epoch}.ckpt")
+
+    def on_validation_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"validated-{trainer.global_step}.ckpt")
+
+
 def trainer(folder, callbacks=(), **options):
     return L.Trainer(
         **{"max_epochs": 3, **options},
@@ -228,7 +249,7 @@ def trainer(folder, callbacks=(), **options):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=False,
         callbacks=list(callbacks),
         default_root_dir=folder,
     )
@@ -241,29 +262,24 @@ def fit(run, resume=None, **options):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_lightning_resumes_wherever_it_was_interrupted(tmp_path, workers):
+    first, second = tmp_path / "a", tmp_path / "b"
     expected = fit(trainer(tmp_path), num_workers=workers)
-    saving = ModelCheckpoint(tmp_path / "a", every_n_train_steps=3, save_top_k=-1, filename="{step}")
-    assert fit(trainer(tmp_path, [saving], max_steps=5), num_workers=workers) == expected[:5]
-    again = ModelCheckpoint(tmp_path / "b", every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    resumed = fit(trainer(tmp_path, [again], max_steps=17), tmp_path / "a/step=3.ckpt", num_workers=workers)
+    assert fit(trainer(tmp_path, [Saver(first)], max_steps=5), num_workers=workers) == expected[:5]
+    resumed = fit(trainer(tmp_path, [Saver(second)], max_steps=17), first / "step-3.ckpt", num_workers=workers)
     assert resumed == expected[3:17]
     for step in (5, 8, 9, 16, 17):  # in mid-epoch for the second time, at an epoch's end, after it
-        run = trainer(tmp_path)
-        assert fit(run, tmp_path / f"b/step={step}.ckpt", num_workers=workers) == expected[step:]
+        assert fit(trainer(tmp_path), second / f"step-{step}.ckpt", num_workers=workers) == expected[step:], step
 
 
 def test_lightning_resumes_from_the_end_of_an_epoch_and_of_a_validation(tmp_path):
     expected = fit(trainer(tmp_path))
-    end = ModelCheckpoint(tmp_path, save_on_train_epoch_end=True, save_top_k=-1, filename="end-{epoch}")
-    validated = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, save_top_k=-1, filename="val-{step}")
-    fit(trainer(tmp_path, [end, validated], max_epochs=2, val_check_interval=4))
-    assert fit(trainer(tmp_path), tmp_path / "end-epoch=0.ckpt") == expected[8:]
-    assert fit(trainer(tmp_path), tmp_path / "end-epoch=1.ckpt") == expected[16:]
-    for step in (4, 8, 12):
-        found = fit(trainer(tmp_path, val_check_interval=4), tmp_path / f"val-step={step}.ckpt")
-        assert found == expected[step:], step
+    fit(trainer(tmp_path, [Saver(tmp_path)], max_epochs=2, val_check_interval=4, num_sanity_val_steps=0))
+    for epoch in (0, 1):
+        assert fit(trainer(tmp_path), tmp_path / f"epoch-{epoch}.ckpt") == expected[8 * (epoch + 1) :]
+    for step in (4, 8, 12, 16):
+        run = trainer(tmp_path, val_check_interval=4)
+        assert fit(run, tmp_path / f"validated-{step}.ckpt") == expected[step:], step
 
 
 def test_overfitting_repeats_the_same_batches(tmp_path):
