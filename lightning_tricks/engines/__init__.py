@@ -3,8 +3,9 @@
 from lightning_tricks.engines._fsdp2_strategy import FSDP2Strategy
 from lightning_tricks.engines._protocol import Engine
 from lightning_tricks.engines._ranks import ranks
+from lightning_tricks.engines._read import read_checkpoint
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._whole import whole
 from lightning_tricks.engines._zero_strategy import ZeroStrategy
 
-__all__ = ["Engine", "FSDP2Strategy", "ZeroStrategy", "engine_of", "ranks", "whole"]
+__all__ = ["Engine", "FSDP2Strategy", "ZeroStrategy", "engine_of", "ranks", "read_checkpoint", "whole"]

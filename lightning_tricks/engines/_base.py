@@ -118,7 +118,7 @@ class BaseEngine:
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The entries of a checkpoint, whole, one at a time, on the CPU."""
         for entry in self._entries():
-            yield entry.name, self._whole(entry.tensor).detach().cpu()
+            yield entry.name, self._whole(entry.tensor).detach().to("cpu", copy=True)
 
     def save_weights(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Stream the weights into one file, written by rank 0. A failure there is raised on every rank."""

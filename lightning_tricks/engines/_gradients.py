@@ -55,7 +55,8 @@ def _by_placement(gradients: Iterable[Any]) -> list[list[Tensor]]:
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     parts = [_local(gradient) for gradient in gradients]
     dense = [part.coalesce().values() if part.is_sparse else part for part in parts]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense, 2, dtype=torch.float32)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense, 2, dtype=torch.float32)))
+    return norm
 
 
 def _sum_over_shards(value: Tensor, like: Any) -> Tensor:

@@ -1,0 +1,112 @@
+"""A checkpoint of any engine, file or folder, as whole fp32 tensors on the CPU."""
+
+import contextlib
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tricks.errors import CheckpointError, MissingDependencyError
+from lightning_tricks.storage import WeightsFile
+
+__all__ = ["read_checkpoint"]
+
+_BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, pickle.UnpicklingError)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint that any engine wrote, without a Trainer and on one process.
+
+    Args:
+        path: a Lightning checkpoint file, a DeepSpeed folder, an FSDP2 folder, or a weights file (`.safetensors`).
+
+    Returns:
+        What Lightning stored (`hyper_parameters`, `global_step`, callbacks, ...), with `state_dict` holding whole CPU
+        tensors under plain names, floating-point ones in fp32. Peak memory: the whole model.
+
+    Raises:
+        CheckpointError: if there is none, or it is truncated or incomplete, or holds objects other than tensors and
+            plain types.
+        MissingDependencyError: if it is a DeepSpeed folder and DeepSpeed is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "plain.ckpt"
+        >>> torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": 3}, path)
+        >>> read_checkpoint(path)["state_dict"]
+        {'w': tensor([1., 1.])}
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}: check the path.")
+    try:
+        checkpoint = _read(path)
+    except _BROKEN as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): it is truncated, incomplete or not"
+            " a checkpoint. Use another one, or save this one again."
+        ) from error
+    state = {name.replace("_orig_mod.", ""): _single(tensor) for name, tensor in checkpoint["state_dict"].items()}
+    return {"hyper_parameters": {}, **checkpoint, "state_dict": state}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return _read_fsdp2(path) if (path / ".metadata").exists() else _read_deepspeed(path)
+    if path.suffix == ".safetensors":
+        file = WeightsFile(path)
+        return {"state_dict": {name: file.tensor(name) for name in file.names}, "metadata": file.metadata}
+    return _load(path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no checkpoint")
+    return content
+
+
+def _read_fsdp2(path: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    prefix = "state_dict."
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, checkpoint_id=path, no_dist=True)
+    return {**_load(path / "meta.pt"), "state_dict": {name.removeprefix(prefix): state[name] for name in state}}
+
+
+def _read_deepspeed(path: Path) -> dict[str, Any]:
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{path} is a DeepSpeed checkpoint, and DeepSpeed is not installed: "
+            "pip install 'lightning-tricks[deepspeed]'"
+        ) from error
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        masters = get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")
+    # DeepSpeed pickles its own classes beside the tensors; a folder of the user's own is trusted like it does.
+    replicated = path / "checkpoint" / "mp_rank_00_model_states.pt"
+    partitioned = path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    file = replicated if replicated.exists() else partitioned
+    client = torch.load(file, map_location="cpu", weights_only=False)
+    module = client.pop("module") if file == replicated else {}  # ZeRO-3 leaves placeholders there
+    return {**client, "state_dict": {**module, **masters}}
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

@@ -1,0 +1,436 @@
+"""What every engine must do, as functions that a worker runs: `one_device` writes references, the others compare."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lightning_tricks  # noqa: F401  (registers the flags)
+from lightning_tricks.data import TricksDataLoader
+from lightning_tricks.engines import engine_of, ranks, read_checkpoint, whole
+from lightning_tricks.errors import CheckpointError
+from lightning_tricks.storage import WeightsFile
+
+BATCH = 8  # samples of a global batch
+
+
+class Run:
+    """The engine under test and its folder."""
+
+    def __init__(self, engine: str, folder: Path) -> None:
+        import os
+
+        self.engine = engine
+        self.folder = folder
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+
+    @property
+    def is_reference(self) -> bool:
+        return self.engine == "one_device"
+
+    def trainer(self, *callbacks: L.Callback, **options) -> L.Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "devices": self.world,
+            "strategy": "auto" if self.is_reference else self.engine,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": self.folder,
+            "callbacks": list(callbacks),
+        }
+        return L.Trainer(**{**defaults, **options})
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{self.engine}-{name}"
+
+    def compare(self, name: str, values: dict[str, torch.Tensor], tolerance: float) -> None:
+        """Hold values against those of one device, relative to each tensor's largest value."""
+        reference = self.folder / f"reference-{name}.pt"
+        if self.is_reference:
+            torch.save(values, reference)
+            return
+        expected = torch.load(reference)
+        assert values.keys() == expected.keys()
+        for key, value in expected.items():
+            distance = (values[key].double() - value.double()).abs().max() / value.double().abs().max()
+            assert distance <= tolerance, f"{name}: {key} is {distance:.2e} off, more than {tolerance:.0e}"
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.wide = nn.Linear(width, 3 * width)
+        self.back = nn.Linear(3 * width, width)
+
+    def forward(self, x):
+        return x + self.back(torch.nn.functional.gelu(self.wide(self.norm(x))))
+
+
+class Net(L.LightningModule):
+    """Odd widths, so that nothing divides evenly; a float and an integer buffer."""
+
+    def __init__(self, batches: int = 20, optimizer: str = "adamw", poison: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.batches, self.optimizer, self.poison = batches, optimizer, poison
+        self.enter = nn.Linear(6, 11)
+        self.blocks = nn.ModuleList([Block(11), Block(11)])
+        self.head = nn.Linear(11, 3)
+        self.register_buffer("offset", torch.full((3,), 0.25))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, x):
+        hidden = self.enter(x)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden) + self.offset
+
+    def training_step(self, batch, index):
+        self.seen += 1
+        inputs, targets = batch
+        loss = nn.functional.cross_entropy(self(inputs).float(), targets)
+        return loss * float("nan") if self.poison is not None and self.global_step == self.poison else loss
+
+    def test_step(self, batch, index):
+        self.log("test/loss", nn.functional.cross_entropy(self(batch[0]).float(), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(trained, lr=0.1)
+        return torch.optim.AdamW(trained, lr=1e-2)
+
+    def train_dataloader(self):
+        return loader(self.batches)
+
+    def test_dataloader(self):
+        return loader(2)
+
+
+class Adapted(Net):
+    """A frozen body that its checkpoints leave out, as an adapter's do."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        for module in (self.enter, self.blocks[0]):
+            module.requires_grad_(False)
+        self.register_state_dict_post_hook(self._drop_frozen)
+        self.register_load_state_dict_post_hook(self._tolerate_frozen)
+
+    def _frozen(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+
+    @staticmethod
+    def _drop_frozen(module, state, prefix, metadata):
+        for name in module._frozen():
+            state.pop(prefix + name, None)
+
+    @staticmethod
+    def _tolerate_frozen(module, keys):
+        frozen = module._frozen()
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key not in frozen]
+
+
+def loader(batches: int) -> TricksDataLoader:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(batches * BATCH, 6, generator=generator)
+    targets = (inputs @ torch.randn(6, 3, generator=generator)).argmax(-1)
+    return TricksDataLoader(TensorDataset(inputs, targets), batch_size=BATCH // ranks()[1], shuffle=True, seed=5)
+
+
+class Probe(L.Callback):
+    """Records norms, clips, saves at a step, stops at one."""
+
+    def __init__(self, *, limit: float | None = None, save: tuple[int, Path] | None = None) -> None:
+        self.limit, self.save = limit, save
+        self.norms: list[float] = []
+
+    def setup(self, trainer, pl_module, stage):
+        if self.limit is not None and stage == "fit":
+            engine_of(trainer).claim_gradient_clipping("Probe")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        engine = engine_of(trainer)
+        if not engine.is_optimizer_step():
+            return
+        norm = engine.gradient_norm(optimizer)
+        assert norm.dtype == torch.float32
+        assert norm.shape == ()
+        assert engine.gradient_norm(optimizer) is norm
+        self.norms.append(float(norm))
+        if self.limit is not None:
+            engine.clip_gradient_norm(optimizer, self.limit)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):
+        if self.save is not None and trainer.global_step == self.save[0]:
+            trainer.save_checkpoint(self.save[1])
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    return dict(engine_of(trainer).named_full_weights())
+
+
+def fit(run: Run, module: L.LightningModule, probe: Probe, ckpt_path: Path | None = None, **options) -> L.Trainer:
+    trainer = run.trainer(probe, **options)
+    trainer.fit(module, ckpt_path=None if ckpt_path is None else str(ckpt_path))
+    return trainer
+
+
+def float_weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in weights_of(trainer).items() if tensor.is_floating_point()}
+
+
+# -- the checks ----------------------------------------------------------------------------------------------------
+
+
+def names_and_ranks(run):
+    trainer = fit(run, Net(batches=1), Probe(), max_epochs=1)
+    engine = engine_of(trainer)
+    assert engine.name == run.engine
+    assert (engine.rank, engine.world_size) == (run.rank, run.world) == ranks()
+    assert engine_of(trainer) is engine
+    value = torch.tensor([1.0, run.rank])
+    assert engine.sum_over_ranks(value).tolist() == [run.world, sum(range(run.world))]
+    assert value.tolist() == [1.0, run.rank]
+    assert engine.broadcast({"rank": run.rank}, run.world - 1) == {"rank": run.world - 1}
+    engine.barrier()
+
+
+def twenty_steps(run):
+    """The weights and the norms of one device after 20 AdamW steps in fp32."""
+    probe = Probe()
+    trainer = fit(run, Net(), probe, max_epochs=1)
+    assert trainer.global_step == len(probe.norms) == 20
+    run.compare("twenty-weights", float_weights(trainer), 2e-5)
+    run.compare("twenty-norms", {"norms": torch.tensor(probe.norms)}, 1e-5)
+
+
+def accumulation(run):
+    """Windows of four batches, the last of an epoch holding two: as on one device."""
+    probe = Probe()
+    trainer = fit(run, Net(batches=10, optimizer="sgd"), probe, max_epochs=2, accumulate_grad_batches=4)
+    assert trainer.global_step == len(probe.norms) == 6
+    run.compare("accumulation-weights", float_weights(trainer), 2e-5)
+    run.compare("accumulation-norms", {"norms": torch.tensor(probe.norms)}, 1e-5)
+
+
+def clipping(run):
+    """A limit that takes effect in the very step, at every step."""
+    probe = Probe(limit=0.05)
+    trainer = fit(run, Net(batches=6, optimizer="sgd"), probe, max_epochs=1, accumulate_grad_batches=2)
+    assert min(probe.norms) > 0.05
+    run.compare("clipped-weights", float_weights(trainer), 2e-5)
+    moved = {
+        name: value - dict(Net().named_parameters())[name]
+        for name, value in float_weights(trainer).items()
+        if name != "offset"
+    }
+    length = torch.stack([value.norm() for value in moved.values()]).norm()
+    assert length <= 3 * 0.1 * 0.05 * 1.0001
+
+
+def weights_file(run):
+    """Saved, trained on, loaded back: bit for bit, and what the model computes with."""
+    path = run.path("weights.safetensors")
+    taken = {}
+
+    class Turn(Probe):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):
+            engine = engine_of(trainer)
+            if trainer.global_step == 3:
+                engine.save_weights(path, {"step": "3"})
+                taken.update(engine.named_full_weights())
+            if trainer.global_step == 5:
+                now = dict(engine.named_full_weights())
+                assert not torch.equal(now["head.weight"], taken["head.weight"])
+                engine.load_weights(path)
+                for name, value in engine.named_full_weights():
+                    assert torch.equal(value, taken[name]), name
+
+    module = Net(batches=5)
+    trainer = fit(run, module, Turn(), max_epochs=1)
+    file = WeightsFile(path)
+    assert file.metadata == {"step": "3"}
+    assert list(file.names) == list(Net().state_dict())
+    assert {name: file.layout[name][0] for name in ("seen", "offset")} == {"seen": torch.int64, "offset": torch.float32}
+    plain = Net()
+    plain.load_state_dict({name: file.tensor(name) for name in file.names}, strict=True)
+    run.compare("three-weights", {"head": plain.head.weight.detach()}, 2e-5)
+    loss = trainer.test(module, verbose=False)[0]["test/loss"]
+    inputs, targets = loader(2).dataset.tensors
+    whole_loss = float(nn.functional.cross_entropy(plain(inputs), targets))
+    assert abs(loss - whole_loss) < 1e-5, (loss, whole_loss)
+
+
+def weights_file_bf16(run):
+    """As above under bf16-mixed: fp32 masters in the file, bit-exact back."""
+    path = run.path("weights-bf16.safetensors")
+    taken = {}
+
+    class Turn(Probe):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):
+            engine = engine_of(trainer)
+            if trainer.global_step == 2:
+                engine.save_weights(path)
+                taken.update(engine.named_full_weights())
+            if trainer.global_step == 4:
+                engine.load_weights(path)
+                for name, value in engine.named_full_weights():
+                    assert torch.equal(value, taken[name]), name
+                    own = dict(pl_module.named_parameters()).get(name)
+                    if own is not None and own.shape == value.shape and not hasattr(own, "placements"):
+                        assert torch.equal(own.detach().float(), value.to(own.dtype).float()), name
+
+    probe = Turn()
+    trainer = fit(run, Net(batches=6), probe, max_epochs=1, precision="bf16-mixed")
+    dtypes = {name: WeightsFile(path).layout[name][0] for name in ("head.weight", "enter.bias", "seen")}
+    assert dtypes == {"head.weight": torch.float32, "enter.bias": torch.float32, "seen": torch.int64}
+    assert any((value != value.bfloat16().float()).any() for value in taken.values() if value.is_floating_point())
+    run.compare("bf16-norms", {"norms": torch.tensor(probe.norms[:2])}, 5e-2)
+    assert trainer.global_step == 6
+
+
+def mismatches(run):
+    """A file that does not fit is refused, and its first offending name is told."""
+    path = run.path("mismatch.safetensors")
+    trainer = fit(run, Net(batches=1), Probe(), max_epochs=1)
+    engine_of(trainer).save_weights(path)
+    other = Net(batches=1)
+    other.head = nn.Linear(11, 4)
+    trainer = fit(run, other_loss(other), Probe(), max_epochs=1)
+    with pytest.raises(
+        CheckpointError, match=r"`head.weight` is of shape \[3, 11\] in the file and of shape \[4, 11\]"
+    ):
+        engine_of(trainer).load_weights(path)
+
+
+def other_loss(module):
+    module.offset = torch.zeros(4)
+    return module
+
+
+def unwritable(run):
+    """Rank 0 cannot write: an error on every rank, no rank left waiting."""
+    trainer = fit(run, Net(batches=1), Probe(), max_epochs=1)
+    blocked = run.path("blocked")
+    blocked.write_text("a file where a folder should be")
+    with pytest.raises(OSError if run.rank == 0 else CheckpointError, match="blocked"):
+        engine_of(trainer).save_weights(blocked / "weights.safetensors")
+
+
+def resume(run):
+    """Interrupted in mid-epoch and resumed equals uninterrupted, bit for bit, clipping included."""
+    path = run.path("step5.ckpt")
+    whole_run = fit(run, Net(batches=8), Probe(limit=0.3, save=(5, path)), max_epochs=2)
+    assert not list(run.folder.glob(f".{path.name}*"))
+    resumed = fit(run, Net(batches=8), Probe(limit=0.3), ckpt_path=path, max_epochs=2)
+    assert resumed.global_step == whole_run.global_step == 16
+    expected = weights_of(whole_run)
+    for name, value in weights_of(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def threshold_stays_behind(run):
+    """A checkpoint written while a callback clipped does not make a later run clip."""
+    path = run.path("clipped.ckpt")
+    fit(run, Net(batches=8, optimizer="sgd"), Probe(limit=0.01, save=(4, path)), max_epochs=1)
+    trainer = fit(run, Net(batches=8, optimizer="sgd"), Probe(), ckpt_path=path, max_epochs=1)
+    run.compare("unclipped-after-resume", float_weights(trainer), 2e-5)
+
+
+def overwritten(run):
+    """A second save under one name replaces the first, completely."""
+    path = run.path("twice.ckpt")
+    probe = Probe(save=(1, path))
+    trainer = fit(run, Net(batches=2), probe, max_epochs=1)
+    trainer.save_checkpoint(path)
+    assert read_checkpoint(path)["global_step"] == 2
+    assert sorted(file.name for file in run.folder.glob(f"*{path.name}*")) == [path.name]
+
+
+def read(run):
+    """Any engine's checkpoint as whole fp32 tensors that load strictly into the plain module."""
+    path = run.path("read.ckpt")
+    trainer = fit(run, Net(batches=4), Probe(save=(4, path)), max_epochs=1)
+    checkpoint = read_checkpoint(path)
+    expected = weights_of(trainer)
+    assert checkpoint["state_dict"].keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(checkpoint["state_dict"][name], value), name
+    Net().load_state_dict(checkpoint["state_dict"], strict=True)
+    assert checkpoint["global_step"] == 4
+    assert checkpoint["hyper_parameters"] == {}
+
+
+def frozen(run):
+    """Frozen weights left out of checkpoints: small files, exact resume, the hook still there after a test."""
+    path = run.path("frozen.ckpt")
+    module = Adapted(batches=6)
+    trained = set(module.state_dict())
+    first = fit(run, module, Probe(save=(3, path)), max_epochs=1)
+    assert set(weights_of(first)) == trained
+    assert set(read_checkpoint(path)["state_dict"]) == trained
+    resumed = fit(run, Adapted(batches=6), Probe(), ckpt_path=path, max_epochs=1)
+    expected = weights_of(first)
+    for name, value in weights_of(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    assert torch.equal(whole(module.enter.weight), Net().enter.weight)
+    run.compare("frozen-weights", float_weights(first), 2e-5)
+    first.test(module, verbose=False)
+    assert set(module.state_dict()) == trained
+
+
+def frozen_kept(run):
+    """Frozen weights that the module does not leave out are in the checkpoint."""
+    path = run.path("kept.ckpt")
+    module = Net(batches=2)
+    module.enter.requires_grad_(False)
+    trainer = fit(run, module, Probe(save=(2, path)), max_epochs=1)
+    state = read_checkpoint(path)["state_dict"]
+    assert state.keys() == Net().state_dict().keys()
+    assert torch.equal(state["enter.weight"], Net().enter.weight)
+    file = run.path("kept.safetensors")
+    engine_of(trainer).save_weights(file)
+    engine_of(trainer).load_weights(file)
+    assert torch.equal(dict(engine_of(trainer).named_full_weights())["enter.weight"], Net().enter.weight)
+
+
+def not_finite(run):
+    """A norm of a NaN gradient is not finite, on every rank."""
+    probe = Probe(limit=1.0)
+    fit(run, Net(batches=3, poison=1), probe, max_epochs=1)
+    assert torch.tensor(probe.norms[0]).isfinite()
+    assert not torch.tensor(probe.norms[1]).isfinite()
+
+
+def evaluation_only(run):
+    """Testing without a fit, from a checkpoint, and after a fit."""
+    path = run.path("tested.ckpt")
+    module = Net(batches=3)
+    trainer = fit(run, module, Probe(save=(3, path)), max_epochs=1)
+    after = trainer.test(module, verbose=False)[0]["test/loss"]
+    fresh = run.trainer().test(Net(), ckpt_path=str(path), verbose=False)[0]["test/loss"]
+    assert abs(after - fresh) < 1e-6, (after, fresh)
+    run.compare("tested", {"loss": torch.tensor(after)}, 1e-4)
+
+
+def truncated(run):
+    """A checkpoint that lacks its end, or a file, is refused by name."""
+    path = run.path("broken.ckpt")
+    trainer = fit(run, Net(batches=1), Probe(save=(1, path)), max_epochs=1)
+    if run.rank == 0:
+        largest = max(
+            (file for file in [path, *path.rglob("*")] if file.is_file()), key=lambda file: file.stat().st_size
+        )
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    trainer.strategy.barrier()
+    with pytest.raises(CheckpointError, match=path.name):
+        read_checkpoint(path)

@@ -1,0 +1,39 @@
+"""One process of a group: runs checks by name on one engine and writes what each came to.
+
+Run by `group.py` with the environment of torchrun: `python worker.py ENGINE FOLDER CHECK...`.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER))
+
+
+def main(engine: str, folder: str, names: list[str]) -> None:
+    import logging
+    import warnings
+
+    import checks
+    import torch
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    run = checks.Run(engine, Path(folder))
+    for name in names:
+        try:
+            getattr(checks, name)(run)
+            result = "passed"
+        except Exception:
+            result = traceback.format_exc()
+        with (Path(folder) / f"{engine}-{run.rank}.jsonl").open("a") as stream:
+            stream.write(json.dumps({"check": name, "result": result}) + "\n")
+        if result != "passed":
+            break  # the other rank may be waiting in a collective: nothing after this can be trusted
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
