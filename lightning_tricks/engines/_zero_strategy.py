@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import importlib
 import importlib.util
 import logging
 import os
@@ -33,6 +34,7 @@ _HOOKS = (
 )
 _LARGEST_BUCKET = 200_000_000  # elements; Lightning's own
 _SMALLEST_BUCKET = 2**20
+_BUCKET_UNIT = 256  # DeepSpeed wants a multiple of its alignment
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -156,6 +158,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
         automatic = min(max(elements // 8, min(elements, _SMALLEST_BUCKET)), _LARGEST_BUCKET)
         size = automatic if self.bucket_size == "auto" else self.bucket_size
+        size += -size % _BUCKET_UNIT
         self._config["zero_optimization"].update(reduce_bucket_size=size, allgather_bucket_size=size)
         if self.zero_stage_3:
             self._config["zero_optimization"].setdefault("stage3_prefetch_bucket_size", size)
@@ -236,8 +239,7 @@ def _use_cpu() -> None:
 @contextmanager
 def _gloo_only() -> Iterator[None]:
     """Without DeepSpeed's shared-memory collectives, whose first use compiles C++ and fails without a compiler."""
-    from deepspeed.comm import torch as backend
-
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     build = backend.build_shm_op
     backend.build_shm_op = lambda: None
     try:

@@ -304,17 +304,10 @@ def mismatches(run):
     trainer = fit(run, Net(batches=1), Probe(), max_epochs=1)
     engine_of(trainer).save_weights(path)
     other = Net(batches=1)
-    other.head = nn.Linear(11, 4)
-    trainer = fit(run, other_loss(other), Probe(), max_epochs=1)
-    with pytest.raises(
-        CheckpointError, match=r"`head.weight` is of shape \[3, 11\] in the file and of shape \[4, 11\]"
-    ):
+    other.enter = nn.Linear(6, 11, bias=False)
+    trainer = fit(run, other, Probe(), max_epochs=1)
+    with pytest.raises(CheckpointError, match=r"`enter.bias` is of shape \[11\] in the file and absent in the module"):
         engine_of(trainer).load_weights(path)
-
-
-def other_loss(module):
-    module.offset = torch.zeros(4)
-    return module
 
 
 def unwritable(run):
@@ -422,15 +415,24 @@ def evaluation_only(run):
     run.compare("tested", {"loss": torch.tensor(after)}, 1e-4)
 
 
-def truncated(run):
-    """A checkpoint that lacks its end, or a file, is refused by name."""
+def damaged(run):
+    """A checkpoint that lacks a file's end, or a file, is refused by name."""
     path = run.path("broken.ckpt")
     trainer = fit(run, Net(batches=1), Probe(save=(1, path)), max_epochs=1)
     if run.rank == 0:
-        largest = max(
-            (file for file in [path, *path.rglob("*")] if file.is_file()), key=lambda file: file.stat().st_size
-        )
+        largest = max(shards(path), key=lambda file: file.stat().st_size)
         largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     trainer.strategy.barrier()
     with pytest.raises(CheckpointError, match=path.name):
         read_checkpoint(path)
+    trainer.strategy.barrier()
+    if run.rank == 0:
+        shards(path)[-1].unlink()
+    trainer.strategy.barrier()
+    with pytest.raises(CheckpointError, match=path.name):
+        read_checkpoint(path)
+
+
+def shards(path: Path) -> list[Path]:
+    suffixes = (".pt", ".distcp", ".ckpt")
+    return sorted(file for file in [path, *path.rglob("*")] if file.is_file() and file.suffix in suffixes)

@@ -17,6 +17,7 @@ def main(engine: str, folder: str, names: list[str]) -> None:
     import warnings
 
     import checks
+    import pytest
     import torch
 
     warnings.simplefilter("ignore")
@@ -27,7 +28,7 @@ def main(engine: str, folder: str, names: list[str]) -> None:
         try:
             getattr(checks, name)(run)
             result = "passed"
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             result = traceback.format_exc()
         with (Path(folder) / f"{engine}-{run.rank}.jsonl").open("a") as stream:
             stream.write(json.dumps({"check": name, "result": result}) + "\n")
