@@ -60,7 +60,7 @@ class FixedNorm:
             )
         self._limit = float(limit)
 
-    def limit(self, norm: Tensor) -> float:
+    def limit(self, norm: Tensor) -> float | Tensor:  # config files match policies by this exact signature
         """The fixed limit, whatever the norm."""
         return self._limit
 

@@ -1,0 +1,41 @@
+"""Every callback and policy can be written in a config file."""
+
+import pytest
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+
+from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, FixedNorm, GradientClipping, TopK
+
+
+def parsed(name, **init_args):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    config = {"class_path": f"lightning_tricks.callbacks.{name}", "init_args": init_args}
+    return parser.instantiate(parser.parse_object({"callback": config})).callback
+
+
+def test_early_stopping():
+    callback = parsed("EarlyStopping", monitor="val/accuracy", patience=5)
+    assert isinstance(callback, EarlyStopping)
+    assert (callback.mode, callback.patience) == ("max", 5)
+
+
+@pytest.mark.parametrize(
+    "policy", [2.0, {"class_path": "lightning_tricks.callbacks.FixedNorm", "init_args": {"limit": 2.0}}]
+)
+def test_gradient_clipping(policy):
+    callback = parsed("GradientClipping", policy=policy)
+    assert isinstance(callback, GradientClipping)
+    assert repr(callback.policy) == repr(FixedNorm(2.0))
+
+
+def test_checkpoint_ensemble():
+    callback = parsed("CheckpointEnsemble", members={"k": 5, "monitor": "val/accuracy"})
+    assert isinstance(callback, CheckpointEnsemble)
+    assert callback.members == TopK(5, monitor="val/accuracy")
+
+
+def test_defaults_are_ready_to_use():
+    assert parsed("CheckpointEnsemble").members == TopK(3, monitor="val/loss")
+    assert parsed("EarlyStopping").mode == "min"
+    assert repr(parsed("GradientClipping").policy) == "FixedNorm(limit=1.0)"
