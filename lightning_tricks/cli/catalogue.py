@@ -10,11 +10,30 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from lightning_tricks.cli.signatures import argument_lines, call_in_example, defaults, examples, summary
+from lightning_tricks.cli.signatures import argument_lines, call_in_example, code_in_example, defaults, summary
 
 __all__ = ["Entry", "entries", "write"]
 
 FOLDERS = {"callback": "callbacks", "strategy": "strategies"}
+NOTES = {
+    "callback": "`callbacks+:` adds to the callbacks that are there; `callbacks:` would replace them.",
+    "strategy": "`--strategy NAME` does the same as its file; `--devices N` sets the number of devices.",
+}
+INDEX = """# {title}
+
+One file to stack for each; the code is in `lightning_tricks.{folder}`.
+
+```console
+$ lightning-tricks fit --config examples/reviews/config.yaml --config {file}
+```
+
+Later files and options win over earlier ones. {note}
+The files are rendered from the code by `make catalogue`: copy them, do not edit them here.
+
+| name | what it does | more |
+|---|---|---|
+{rows}
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,34 +110,16 @@ def index(kind: str, chosen: list[Entry]) -> str:
         chosen: its entries.
 
     Example:
-        >>> print(index("strategy", [Entry("zero_2", "strategy", "ZeRO stage 2.", "")]).splitlines()[0])
-        # Strategies
+        >>> index("strategy", [Entry("zero_2", "strategy", "ZeRO stage 2.", "")]).splitlines()[0]
+        '# Strategies'
     """
     folder = FOLDERS[kind]
     rows = [
-        f"| [{e.name}]({Path(str(e.path)).name}) | {e.summary} | [card](../docs/cards/{_snake(e.name)}.md) |"
+        f"| [{e.name}]({_snake(e.name)}.yaml) | {e.summary} | [card](../docs/cards/{_snake(e.name)}.md) |"
         for e in chosen
     ]
-    stack = " ".join(f"--config {entry.path}" for entry in chosen[: 2 if kind == "callback" else 1])
-    return "\n".join(
-        [
-            f"# {folder.capitalize()}",
-            "",
-            f"One file to stack for each {kind}; the code lives in `lightning_tricks.{folder}`.",
-            "",
-            "```console",
-            f"$ lightning-tricks fit --config examples/reviews/config.yaml {stack}",
-            "```",
-            "",
-            "Later files and flags win over earlier ones. `callbacks+:` adds to what is there;",
-            "`callbacks:` would replace it.",
-            "The files are rendered from the code by `make catalogue`: do not edit them here, copy them.",
-            "",
-            "| name | what it does | more |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
+    return INDEX.format(
+        title=folder.capitalize(), folder=folder, file=chosen[-1].path, note=NOTES[kind], rows="\n".join(rows)
     )
 
 
@@ -143,14 +144,16 @@ def _preset(flag: str, preset: Any) -> Entry:
 
 
 def _mixin(trick: type[Any]) -> Entry:
-    lines = [f"# {line}".rstrip() for line in [summary(trick), "", *argument_lines(trick, {})]]
-    code = "".join(example.source for example in examples(trick))
-    return Entry(trick.__name__, "mixin", summary(trick), "\n".join(lines) + "\n" + code)
+    head = _comment([summary(trick), "", *argument_lines(trick, {})])
+    return Entry(trick.__name__, "mixin", summary(trick), f"{head}\n{code_in_example(trick)}")
 
 
 def _file(head: list[str], content: Mapping[str, Any]) -> str:
-    comment = "\n".join(f"# {line}".rstrip() for line in head).rstrip("#\n ")
-    return f"{comment}\n{_yaml(content)}"
+    return f"{_comment(head)}\n{_yaml(content)}"
+
+
+def _comment(lines: list[str]) -> str:
+    return "\n".join(f"# {line}".rstrip() for line in lines).rstrip("#\n ")
 
 
 def _yaml(content: Mapping[str, Any]) -> str:

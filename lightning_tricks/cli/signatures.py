@@ -13,7 +13,7 @@ import docstring_parser
 
 from lightning_tricks.errors import MisconfigurationError
 
-__all__ = ["argument_lines", "call_in_example", "defaults", "examples", "summary"]
+__all__ = ["argument_lines", "call_in_example", "code_in_example", "defaults", "summary"]
 
 WIDTH = 116
 
@@ -38,7 +38,8 @@ def argument_lines(trick: Callable[..., Any], arguments: Mapping[str, Any]) -> I
         trick: a class or function with a Google docstring.
         arguments: the values it gets; those that are configurations of policies are explained as well.
     """
-    documented = docstring_parser.parse(inspect.getdoc(trick) or "", docstring_parser.DocstringStyle.GOOGLE).params
+    params = docstring_parser.parse(inspect.getdoc(trick) or "", docstring_parser.DocstringStyle.GOOGLE).params
+    documented = [param for param in params if param.args[0] == "param"]  # not the attributes
     for parameter in documented:
         text = f"{parameter.arg_name}: {' '.join((parameter.description or '').split())}"
         yield from textwrap.wrap(text, WIDTH - 2, subsequent_indent="    ")
@@ -65,13 +66,16 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: _plain(p.default) for p in parameters if p.default is not p.empty}
 
 
-def examples(trick: Callable[..., Any]) -> list[doctest.Example]:
-    """The examples in its docstring, one per statement.
+def code_in_example(trick: type[Any]) -> str:
+    """The imports and definitions of its docstring's example, to start from.
 
     Args:
-        trick: a documented class or function.
+        trick: an exported class.
     """
-    return doctest.DocTestParser().get_examples(inspect.getdoc(trick) or "")
+    sources = [example.source.rstrip() for example in _examples(trick)]
+    imports = [source for source in sources if source.startswith(("import ", "from "))]
+    classes = [source for source in sources if source.startswith("class ")]
+    return "\n\n\n".join(["\n".join(imports), *classes]) + "\n"
 
 
 def call_in_example(trick: type[Any]) -> tuple[str, dict[str, Any]]:
@@ -86,11 +90,15 @@ def call_in_example(trick: type[Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         MisconfigurationError: if the docstring has no such example.
     """
-    calls = (node for example in examples(trick) for node in ast.walk(ast.parse(example.source)))
+    calls = (node for example in _examples(trick) for node in ast.walk(ast.parse(example.source)))
     for call in calls:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == trick.__name__:
             return _build(call, sys.modules[trick.__module__], trick)
     raise MisconfigurationError(f"{trick.__name__} has no example in its docstring: write one that constructs it.")
+
+
+def _examples(trick: Callable[..., Any]) -> list[doctest.Example]:
+    return doctest.DocTestParser().get_examples(inspect.getdoc(trick) or "")
 
 
 def _build(call: ast.Call, module: Any, trick: type[Any]) -> tuple[str, dict[str, Any]]:
