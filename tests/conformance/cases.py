@@ -28,12 +28,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from tests.conformance.model import Classifier
+from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, GradientClipping, TopK
+from lightning_tricks.engines import whole
+from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance.compare import differences
+from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
 __all__ = ["CASES", "Case", "Run", "case_named"]
 
-EXACT = {"32-true": 2e-5, "bf16-mixed": 2e-2}
+EXACT = {"32-true": 2e-5, "bf16-mixed": 5e-2}
+
+# Of one fit: {"weights", "logged": {name: {"steps", "values"}}, "facts": what `observe` returned, "steps"}.
+Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Case:
 
     trick: str
     build: Callable[[], Run]
-    check: Callable[[dict[str, Any]], None]
+    check: Callable[[Outcome], None]
     observe: Callable[[Run, L.Trainer], dict[str, Any]] = nothing
     variant: str = ""
     tolerance: Mapping[str, float] = field(default_factory=lambda: EXACT)
@@ -93,16 +103,191 @@ def plain_accumulating() -> Run:
     return Run(Classifier(), trainer={"accumulate_grad_batches": 2})
 
 
-def check_learned(outcome: dict[str, Any]) -> None:
+def check_learned(outcome: Outcome) -> None:
     losses = outcome["logged"]["val/loss"]["values"]
-    assert losses[-1] < losses[0] - 0.02
+    assert losses.min() < losses[0] - 0.1
+
+
+# -- EarlyStopping -----------------------------------------------------------------------------------------------------
+
+
+def early_stopping() -> Run:
+    """The second epoch is the best; the fourth is the last."""
+    stopping = EarlyStopping("val/loss", patience=2)
+    return Run(Classifier(), (stopping, WeightsAtValidation()), trainer={"max_epochs": 6})
+
+
+def observe_early_stopping(run: Run, trainer: L.Trainer) -> dict[str, Any]:
+    stopping, spy = run.callbacks
+    return {"best_step": stopping.best_step, "best_score": stopping.best_score, "at_validation": spy.weights}
+
+
+def check_early_stopping(outcome: Outcome) -> None:
+    at_validation, best = outcome["facts"]["at_validation"], outcome["facts"]["best_step"]
+    losses = outcome["logged"]["val/loss"]["values"]
+    assert best == list(at_validation)[int(losses.argmin())] < outcome["steps"] == 28
+    assert not same(at_validation[best], at_validation[outcome["steps"]])
+    assert same(outcome["weights"], at_validation[best]), "the best weights were not restored"
+
+
+# -- GradientClipping --------------------------------------------------------------------------------------------------
+
+
+class Descent(Classifier):
+    """With plain SGD: unlike Adam's, its steps are as long as the gradients."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.3)
+
+
+LIMIT = 0.6  # between the norms of these fits
+
+
+def gradient_clipping() -> Run:
+    return Run(Descent(), (GradientClipping(LIMIT),), trainer={"accumulate_grad_batches": 2})
+
+
+def check_gradient_clipping(outcome: Outcome) -> None:
+    norms, limits, clipped = (outcome["logged"][f"grad_norm/{name}"] for name in ("total", "limit", "clipped"))
+    assert len(norms["values"]) == outcome["steps"] == 12, "not once per optimizer step"
+    assert (limits["values"] - LIMIT).abs().max() < 1e-6
+    assert ((norms["values"] > LIMIT) == clipped["values"].bool()).all()
+    assert 0 < clipped["values"].sum() < 12, "clips every step, or none: choose another limit"
+
+
+# -- CheckpointEnsemble ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_ensemble() -> Run:
+    """The best two of four epochs: the first is a member until it is replaced, the last never is."""
+    ensemble = CheckpointEnsemble(TopK(2, monitor="val/loss"))
+    return Run(Classifier(), (ensemble, WeightsAtValidation()), trainer={"max_epochs": 4})
+
+
+def observe_checkpoint_ensemble(run: Run, trainer: L.Trainer) -> dict[str, Any]:
+    ensemble, spy = run.callbacks
+    file = torch.load(ensemble.path, weights_only=True)
+    members = [member["step"] for member in file["lightning_tricks"]["ensemble"]]
+    facts = {"members": members, "scores": ensemble.scores, "results": ensemble.results}
+    return {**facts, "file": file["state_dict"], "at_validation": spy.weights}
+
+
+def check_checkpoint_ensemble(outcome: Outcome) -> None:
+    facts, losses = outcome["facts"], outcome["logged"]["val/loss"]["values"]
+    at_validation = facts["at_validation"]
+    steps = list(at_validation)
+    assert facts["members"] == sorted(steps[i] for i in losses.argsort()[:2].tolist()) != steps[-2:]
+    first, second = (at_validation[step] for step in facts["members"])
+    mean = {name: (first[name] + second[name]) / 2 for name in first if first[name].is_floating_point()}
+    assert not list(differences({name: facts["file"][name] for name in mean}, mean, tolerance=1e-6))
+    Classifier().load_state_dict(facts["file"])
+    assert same(outcome["weights"], at_validation[steps[-1]]), "the fit's own weights were touched"
+    assert facts["results"]["best"]["val/loss"] == losses.min()
+    assert facts["results"]["ensemble"]["val/loss"] != losses.min()
+
+
+# -- LoRAMixin ---------------------------------------------------------------------------------------------------------
+
+
+class Adapted(LoRAMixin, Classifier):
+    """Adapters on two projections; the last norm of the encoder and the head, which is outside it, are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapt(self.encoder, LoRA(rank=4, alpha=8, targets=("query", "value")), trainable=("norm",))
+
+
+def lora() -> Run:
+    return Run(Adapted())
+
+
+def frozen(module: L.LightningModule) -> dict[str, Tensor]:
+    """The frozen parameters, whole. Collective."""
+    return {name: whole(p).float().clone() for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def observe_lora(run: Run, trainer: L.Trainer) -> dict[str, Any]:
+    return {"base": frozen(run.module)}
+
+
+def check_lora(outcome: Outcome) -> None:
+    L.seed_everything(0, verbose=False)
+    fresh = Adapted()
+    assert outcome["weights"].keys() == fresh.state_dict().keys(), "a checkpoint holds what is trained, and that alone"
+    for name, value in fresh.state_dict().items():
+        assert not torch.equal(outcome["weights"][name], value), f"{name} was not trained"
+    base = frozen(fresh)
+    rounded = {name: value.bfloat16().float() for name, value in base.items()}  # where an engine keeps it in bf16
+    assert same(outcome["facts"]["base"], base) or same(outcome["facts"]["base"], rounded), "the base has moved"
+
+
+# -- ClassWeightedLossMixin --------------------------------------------------------------------------------------------
+
+
+class Weighted(ClassWeightedLossMixin, Classifier):
+    """Trained with the weighted loss; the base class's validation is not weighted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh_classes(Sequences(UNEVEN, seed=1).labels.bincount().tolist())
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.class_weighted_loss(logits, labels)
+
+
+UNEVEN = 53  # the last global batch has 5 samples: 3 on one rank, 2 on the other
+
+
+def class_weighted_loss() -> Run:
+    return Run(Weighted(), samples=UNEVEN)
+
+
+def check_class_weighted_loss(outcome: Outcome) -> None:
+    """The first loss is torch's own, of the whole global batch."""
+    L.seed_everything(0, verbose=False)
+    module, (tokens, labels) = Weighted(), next(iter(loader(UNEVEN, seed=1)))
+    weights = UNEVEN / (3 * Sequences(UNEVEN, seed=1).labels.bincount())
+    weighted = F.cross_entropy(module(tokens), labels, weight=weights)
+    first = outcome["logged"]["train/loss"]["values"][0]
+    assert abs(first - weighted) < 5e-3 < abs(first - F.cross_entropy(module(tokens), labels))
+    assert torch.allclose(outcome["weights"]["class_weights"], weights, rtol=1e-6)
 
 
 CASES = (
     Case("Plain", plain, check_learned),
     Case("Plain", plain_accumulating, check_learned, variant="accumulating"),
+    Case("EarlyStopping", early_stopping, check_early_stopping, observe_early_stopping),
+    Case("GradientClipping", gradient_clipping, check_gradient_clipping),
+    Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
+    Case("LoRAMixin", lora, check_lora, observe_lora),
+    Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
 )
 
 
 def case_named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
+
+
+# -- help for checks ---------------------------------------------------------------------------------------------------
+
+
+class WeightsAtValidation(L.Callback):
+    """Keeps the whole weights at the end of each validation, by optimizer step."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, dict[str, Tensor]] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.weights[trainer.global_step] = full_weights(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.weights = state_dict["weights"]
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two sets of weights are equal in every bit."""
+    return not list(differences(first, second, tolerance=0.0))

@@ -11,13 +11,10 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_tricks  # noqa: F401  registers the strategy flags
-from lightning_tricks.data import TricksDataLoader
-from lightning_tricks.engines import engine_of
 from lightning_tricks.errors import UnsupportedError
 from tests.conformance.engines import ENGINES
-from tests.conformance.model import Sequences, collate
+from tests.conformance.model import full_weights, loader
 
-GLOBAL_BATCH = 8
 SAVED_AFTER = (1, 3)  # epoch and batch, counted from 0, after which the checkpoint is written: in mid-epoch
 LOST_AFTER = 2  # batches trained after the checkpoint, which the interruption loses
 
@@ -86,23 +83,14 @@ class Fits:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        train, val = self._loader(run.samples, 1), self._loader(run.validation_samples, 2)
+        train = loader(run.samples, seed=1, world=self.world)
+        val = loader(run.validation_samples, seed=2, shuffle=False, world=self.world)
         trainer.fit(run.module, train, val, ckpt_path=checkpoint)
-        weights = {name: tensor.clone() for name, tensor in engine_of(trainer).named_full_weights()}
+        weights = full_weights(trainer)
         facts = self.case.observe(run, trainer)
         if trainer.is_global_zero:
             outcome = {"weights": weights, "logged": recorder.series(), "facts": facts, "steps": trainer.global_step}
             torch.save(outcome, self.folder / f"{name}.pt")
-
-    def _loader(self, samples: int, seed: int) -> TricksDataLoader:
-        """The same global batches on every engine: a rank's batch is its share of them."""
-        return TricksDataLoader(
-            Sequences(samples, seed),
-            batch_size=GLOBAL_BATCH // self.world,
-            shuffle=seed == 1,
-            seed=0,
-            collate_fn=collate,
-        )
 
 
 class SimulatedDeathError(Exception):

@@ -6,9 +6,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lightning_tricks.data import TricksDataLoader
+from lightning_tricks.engines import engine_of
+
 VOCABULARY = 24
 WIDTH = 18
 CLASSES = 3
+GLOBAL_BATCH = 8
 SHARES = (0.65, 0.25, 0.1)  # of the classes: the data are imbalanced
 
 
@@ -38,6 +42,13 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Ragged sequences, padded to the longest of the batch."""
     tokens, labels = zip(*samples, strict=True)
     return nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), torch.stack(labels)
+
+
+def loader(samples: int, seed: int, *, shuffle: bool = True, world: int = 1) -> TricksDataLoader:
+    """The same global batches for any number of ranks: each rank's batch is its share of them."""
+    return TricksDataLoader(
+        Sequences(samples, seed), batch_size=GLOBAL_BATCH // world, shuffle=shuffle, seed=0, collate_fn=collate
+    )
 
 
 class Block(nn.Module):
@@ -106,6 +117,11 @@ class Classifier(L.LightningModule):
         self.log("val/loss", loss, sync_dist=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3)
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 6) * 0.97**step)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def full_weights(trainer: L.Trainer) -> dict[str, Tensor]:
+    """What a checkpoint of the module holds, whole, as copies. Collective."""
+    return {name: tensor.clone() for name, tensor in engine_of(trainer).named_full_weights()}
