@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def _read_fsdp2(path: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     prefix = "state_dict."
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(path).read_metadata()
+    _refuse_short_files(path, metadata.storage_data.values())
+    entries = metadata.state_dict_metadata
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
@@ -83,6 +86,13 @@ def _read_fsdp2(path: Path) -> dict[str, Any]:
     }
     load(state, checkpoint_id=path, no_dist=True)
     return {**_load(path / "meta.pt"), "state_dict": {name.removeprefix(prefix): state[name] for name in state}}
+
+
+def _refuse_short_files(path: Path, pieces: Iterable[Any]) -> None:
+    for piece in pieces:
+        size = (path / piece.relative_path).stat().st_size
+        if size < piece.offset + piece.length:
+            raise ValueError(f"{piece.relative_path} ends at byte {size}, before {piece.offset + piece.length}")
 
 
 def _read_deepspeed(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import argparse
 import atexit
+import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 import os
 from collections.abc import Iterator
@@ -189,8 +191,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Read a checkpoint folder. The clipping threshold stays the one configured now."""
         path = Path(self.broadcast(checkpoint_path))
         self._refuse_other_ranks(path)
-        state = super().load_checkpoint(path, weights_only)
         optimizer = self.deepspeed_engine.optimizer
+        if self.zero_stage_3 and not hasattr(optimizer, "_restore_from_bit16_weights"):
+            optimizer._restore_from_bit16_weights = lambda: None  # ZeRO-3 without training: there are no masters
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            state = super().load_checkpoint(path, weights_only)
         if hasattr(optimizer, "clip_grad"):
             optimizer.clip_grad = self.deepspeed_engine.gradient_clipping()
         return state

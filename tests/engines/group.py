@@ -11,16 +11,18 @@ from pathlib import Path
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def run_group(engine: str, folder: Path, checks: list[str], processes: int, seconds: float) -> dict[str, str]:
-    """Run the checks in order; the first failure of a process ends its work.
+def run_group(
+    engines: list[str], folder: Path, checks: list[str], processes: int, seconds: float
+) -> dict[tuple[str, str], str]:
+    """Run the checks on the engines in order; the first failure of a process ends its work.
 
     Returns:
-        check -> "passed", a traceback, or why there is none.
+        (engine, check) -> "passed", a traceback, or why there is none.
     """
     port = _free_port()
-    logs = [folder / f"{engine}-{rank}.log" for rank in range(processes)]
+    logs = [folder / f"{engines[0]}-{rank}.log" for rank in range(processes)]
     members = [
-        _start([engine, str(folder), *checks], _environment(rank, processes, port), log)
+        _start([",".join(engines), str(folder), *checks], _environment(rank, processes, port), log)
         for rank, log in enumerate(logs)
     ]
     try:
@@ -28,7 +30,11 @@ def run_group(engine: str, folder: Path, checks: list[str], processes: int, seco
     finally:
         for member in members:
             _kill(member)
-    return {check: _verdict(check, engine, folder, processes, ended, logs) for check in checks}
+    return {
+        (engine, check): _verdict(check, engine, folder, processes, ended, logs)
+        for engine in engines
+        for check in checks
+    }
 
 
 def _start(arguments: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:

@@ -1,10 +1,12 @@
-"""One process of a group: runs checks by name on one engine and writes what each came to.
+"""One process of a group: runs checks by name on some engines and writes what each came to.
 
-Run by `group.py` with the environment of torchrun: `python worker.py ENGINE FOLDER CHECK...`.
+Run by `group.py` with the environment of torchrun: `python worker.py ENGINE,ENGINE FOLDER CHECK...`.
 """
 
+import itertools
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -12,7 +14,7 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
 
 
-def main(engine: str, folder: str, names: list[str]) -> None:
+def main(engines: list[str], folder: str, names: list[str]) -> None:
     import logging
     import warnings
 
@@ -23,18 +25,20 @@ def main(engine: str, folder: str, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    run = checks.Run(engine, Path(folder))
-    for name in names:
+    for engine, name in itertools.product(engines, names):
+        run = checks.Run(engine, Path(folder))
+        started = time.monotonic()
         try:
             getattr(checks, name)(run)
             result = "passed"
         except (Exception, pytest.fail.Exception):
             result = traceback.format_exc()
+        entry = {"check": name, "result": result, "seconds": round(time.monotonic() - started, 2)}
         with (Path(folder) / f"{engine}-{run.rank}.jsonl").open("a") as stream:
-            stream.write(json.dumps({"check": name, "result": result}) + "\n")
+            stream.write(json.dumps(entry) + "\n")
         if result != "passed":
             break  # the other rank may be waiting in a collective: nothing after this can be trusted
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1].split(","), sys.argv[2], sys.argv[3:])
