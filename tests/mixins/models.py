@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
+from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.mixins import LoRA, LoRAMixin
 
 # What Lightning itself says about small loaders, missing callbacks and its own use of torch.
@@ -25,7 +27,7 @@ class Block(nn.Module):
         self.register_buffer("gain", torch.ones(6))
 
     def forward(self, x):
-        return x + self.gain * self.norm(F.relu(self.value(torch.tanh(self.query(x))), inplace=True))
+        return x + self.gain.to(x.dtype) * self.norm(F.relu(self.value(torch.tanh(self.query(x))), inplace=True))
 
 
 class Encoder(nn.Module):
@@ -51,7 +53,7 @@ class Classifier(LoRAMixin, L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.encoder = Encoder(base_seed)
-        self.head = nn.Linear(6, 3)
+        self.head = nn.Linear(6, 4)
         self.adapt(self.encoder, LoRA(rank=rank, alpha=alpha), trainable=trainable)
 
     def forward(self, x):
@@ -66,8 +68,8 @@ class Classifier(LoRAMixin, L.LightningModule):
 
     def train_dataloader(self):
         generator = torch.Generator().manual_seed(3)
-        x, y = torch.randn(24, 6, generator=generator), torch.randint(0, 3, (24,), generator=generator)
-        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+        x, y = torch.randn(24, 6, generator=generator), torch.randint(0, 4, (24,), generator=generator)
+        return TricksDataLoader(TensorDataset(x, y), batch_size=4 // self.trainer.world_size, shuffle=False, seed=0)
 
 
 def trainer(**options) -> L.Trainer:
