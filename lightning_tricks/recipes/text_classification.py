@@ -116,6 +116,14 @@ class TextClassifier(LoRAMixin, ClassWeightedLossMixin, L.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch["labels"]))
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the validation scores over: here, for those of `validate` are inference tensors, of no use to `fit`."""
+        self.val_scores.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the test scores over."""
+        self.test_scores.reset()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a batch in."""
         self._measure(self.val_scores, batch)
@@ -155,7 +163,6 @@ class TextClassifier(LoRAMixin, ClassWeightedLossMixin, L.LightningModule):
     def _log_scores(self, stage: str, scores: Scores) -> None:
         for name, value in scores.compute().items():  # the same on every rank, and so is their mean
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "macro_f1"), sync_dist=True)
-        scores.reset()
 
 
 def _rate(step: int, steps: float) -> float:
