@@ -33,7 +33,7 @@ def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, limit: float | Tensor) -> None:
     """Scale gradients in place by `min(1, limit / norm)`; by 1 if the norm is not finite."""
-    factor = torch.clamp(torch.as_tensor(limit, device=norm.device) / (norm + 1e-6), max=1.0)
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
     factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor)).to(norm.dtype)
     parts = [_local(gradient) for gradient in gradients]
     if dense := [part for part in parts if not part.is_sparse]:

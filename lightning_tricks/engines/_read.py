@@ -60,7 +60,10 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         file = WeightsFile(path)
         return {"state_dict": {name: file.tensor(name) for name in file.names}, "metadata": file.metadata}
-    return _load(path)
+    checkpoint = _load(path)
+    if "state_dict" not in checkpoint:
+        raise ValueError("it holds no state_dict")
+    return checkpoint
 
 
 def _load(path: Path) -> dict[str, Any]:

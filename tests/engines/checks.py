@@ -15,6 +15,7 @@ from lightning_tricks.errors import CheckpointError
 from lightning_tricks.storage import WeightsFile
 
 BATCH = 8  # samples of a global batch
+ONLY = {"lightnings_own_strategy": ("ddp", "fsdp2")}  # one device has a single one; DeepSpeedStrategy refuses CPUs
 
 
 class Run:
@@ -235,6 +236,60 @@ def clipping(run):
     }
     length = torch.stack([value.norm() for value in moved.values()]).norm()
     assert length <= 3 * 0.1 * 0.05 * 1.0001
+
+
+def scaled_gradients(run):
+    """Under fp16 with a loss scale of 65536, the norm is of the unscaled gradients and the limit means the same."""
+    probe = Probe(limit=0.05)
+    module = Net(batches=4, optimizer="sgd")
+    trainer = fit(run, module, probe, max_epochs=1, **fp16_options(run))
+    run.compare("fp16-norms", {"norms": torch.tensor(probe.norms)}, 2e-2)
+    start = dict(Net().named_parameters())
+    moved = [value - start[name] for name, value in float_weights(trainer).items() if name in start]
+    length = float(torch.stack([value.norm() for value in moved]).norm())
+    assert 0.5 * 4 * 0.1 * 0.05 < length <= 4 * 0.1 * 0.05 * 1.01, length
+
+
+def fp16_options(run) -> dict:
+    if not run.engine.startswith("zero"):
+        from lightning.pytorch.plugins import MixedPrecision
+
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # it says no on CPU, where it works
+    return {"precision": "16-true"}
+
+
+def lightnings_own_strategy(run):
+    """Chosen without our flags, Lightning's own strategies have an engine too."""
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    if run.engine == "ddp":
+        strategy = DDPStrategy(process_group_backend="gloo")
+    else:
+        strategy = ModelParallelStrategy(data_parallel_size=run.world, tensor_parallel_size=1)
+    probe = Probe(limit=0.2)
+    trainer = fit(run, OwnSharding(batches=4), probe, max_epochs=1, strategy=strategy)
+    path = run.path("own.safetensors")
+    engine_of(trainer).save_weights(path)
+    engine_of(trainer).load_weights(path)
+    assert engine_of(trainer).name == run.engine
+    ours = Probe(limit=0.2)
+    fit(run, Net(batches=4), ours, max_epochs=1)
+    assert probe.norms == pytest.approx(ours.norms, rel=1e-5)
+
+
+class OwnSharding(Net):
+    """Shards itself under FSDP2, as Lightning's strategy wants it."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        mesh = getattr(self, "device_mesh", None)
+        if mesh is not None and not isinstance(self.enter, FSDPModule):
+            for module in (self.enter, *self.blocks, self.head):
+                fully_shard(module, mesh=mesh["data_parallel"])
 
 
 def weights_file(run):

@@ -11,18 +11,16 @@ from pathlib import Path
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def run_group(
-    engines: list[str], folder: Path, checks: list[str], processes: int, seconds: float
-) -> dict[tuple[str, str], str]:
-    """Run the checks on the engines in order; the first failure of a process ends its work.
+def run_group(pairs: list[tuple[str, str]], folder: Path, processes: int, seconds: float) -> dict[tuple[str, str], str]:
+    """Run (engine, check) pairs in order; the first failure of a process ends its work.
 
     Returns:
         (engine, check) -> "passed", a traceback, or why there is none.
     """
     port = _free_port()
-    logs = [folder / f"{engines[0]}-{rank}.log" for rank in range(processes)]
+    logs = [folder / f"{pairs[0][0]}-{rank}.log" for rank in range(processes)]
     members = [
-        _start([",".join(engines), str(folder), *checks], _environment(rank, processes, port), log)
+        _start([str(folder), *map(":".join, pairs)], _environment(rank, processes, port), log)
         for rank, log in enumerate(logs)
     ]
     try:
@@ -30,11 +28,7 @@ def run_group(
     finally:
         for member in members:
             _kill(member)
-    return {
-        (engine, check): _verdict(check, engine, folder, processes, ended, logs)
-        for engine in engines
-        for check in checks
-    }
+    return {pair: _verdict(*pair, folder, processes, ended, logs) for pair in pairs}
 
 
 def _start(arguments: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
@@ -77,7 +71,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _verdict(check: str, engine: str, folder: Path, processes: int, ended: bool, logs: list[Path]) -> str:
+def _verdict(engine: str, check: str, folder: Path, processes: int, ended: bool, logs: list[Path]) -> str:
     results = [_results(folder / f"{engine}-{rank}.jsonl").get(check) for rank in range(processes)]
     failures = [f"rank {rank}: {result}" for rank, result in enumerate(results) if result not in ("passed", None)]
     if failures:

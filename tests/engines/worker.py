@@ -1,9 +1,8 @@
 """One process of a group: runs checks by name on some engines and writes what each came to.
 
-Run by `group.py` with the environment of torchrun: `python worker.py ENGINE,ENGINE FOLDER CHECK...`.
+Run by `group.py` with the environment of torchrun: `python worker.py FOLDER ENGINE:CHECK...`.
 """
 
-import itertools
 import json
 import sys
 import time
@@ -14,7 +13,7 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
 
 
-def main(engines: list[str], folder: str, names: list[str]) -> None:
+def main(folder: str, pairs: list[str]) -> None:
     import logging
     import warnings
 
@@ -25,7 +24,7 @@ def main(engines: list[str], folder: str, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    for engine, name in itertools.product(engines, names):
+    for engine, name in (pair.split(":") for pair in pairs):
         run = checks.Run(engine, Path(folder))
         started = time.monotonic()
         try:
@@ -41,4 +40,4 @@ def main(engines: list[str], folder: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(","), sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2:])
