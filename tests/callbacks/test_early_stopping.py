@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tricks.callbacks import EarlyStopping
 from lightning_tricks.callbacks._monitor import joint
+from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.errors import MisconfigurationError
 
 pytestmark = [
@@ -290,3 +291,34 @@ def test_ranks_decide_by_their_mean(scripted):
             return tensor + 3.0
 
     assert joint(1.0, scripted(), SecondRankHasThree()) == 2.0
+
+
+@pytest.mark.parametrize("crash_at", [3, 4, 5, 7])
+def test_resuming_in_mid_epoch_counts_each_validation_once(trainer, scripted, tmp_path, same_weights, crash_at):
+    class Scores(scripted):
+        """Validates twice an epoch, with a score for each."""
+
+        def validation_step(self, batch, _):
+            self.log("val/score", [9.0, 5.0, 7.0, 4.0, 6.0, 6.0, 6.0][self.global_step // 2], batch_size=2)
+
+        def train_dataloader(self):
+            return TricksDataLoader(super().train_dataloader().dataset, batch_size=2, shuffle=True, seed=0)
+
+    class Crash(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == crash_at:
+                raise KeyError("crash")
+
+    def saver(name):
+        return ModelCheckpoint(tmp_path / name, save_last=True, save_on_train_epoch_end=False)
+
+    options = {"max_epochs": 3, "val_check_interval": 2, "num_sanity_val_steps": 0, "enable_checkpointing": True}
+    whole, expected = stopping(patience=9, dirpath=tmp_path / "whole"), Scores()
+    trainer([whole, saver("a")], **options).fit(expected)
+    cut = saver("b")
+    with pytest.raises(KeyError, match="crash"):
+        trainer([stopping(patience=9), cut, Crash()], **options).fit(Scores())
+    early, module = stopping(patience=9), Scores()
+    trainer([early], **{**options, "enable_checkpointing": False}).fit(module, ckpt_path=cut.last_model_path)
+    assert (early.best_score, early.best_step, early.wait_count) == (whole.best_score, whole.best_step, 3)
+    assert same_weights(module.state_dict(), expected.state_dict())
