@@ -44,8 +44,11 @@ def balanced_weights(counts: Sequence[int] | Tensor) -> Tensor:
 
 
 def _checked_counts(counts: Sequence[int] | Tensor) -> Tensor:
-    n = torch.as_tensor(counts, device="cpu").to(torch.float64)
     remedy = "pass the examples per class in the training set, such as [7403, 5405, 1097]"
+    try:
+        n = torch.as_tensor(counts, device="cpu").to(torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MisconfigurationError(f"`counts` must be numbers, got {counts!r}: {remedy}.") from error
     if n.ndim != 1 or len(n) < 2:
         raise MisconfigurationError(
             f"`counts` must hold one count for each of 2 classes or more, got {counts!r}: {remedy}."

@@ -34,6 +34,10 @@ class FrozenBase:
         """Count the module of this name in."""
         self._prefixes.append(prefix)
 
+    def forget(self) -> None:
+        """Drop the fingerprints: between one run and the next, the weights may be replaced."""
+        self._fingerprints.clear()
+
     def parameters(self, owner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The frozen parameters, under every name that they have in `owner`."""
         for prefix in self._prefixes:
@@ -42,7 +46,7 @@ class FrozenBase:
                     yield name, parameter
 
     def fingerprints(self, owner: nn.Module) -> dict[str, dict[str, str]]:
-        """The fingerprint of each frozen parameter, computed when first asked for. Collective."""
+        """The fingerprint of each frozen parameter, computed when first asked for in a run. Collective."""
         found = {}
         for raw_name, parameter in self.parameters(owner):
             name = raw_name.replace(_COMPILED, "")

@@ -133,6 +133,12 @@ class LoRAMixin(_Base):
         self._frozen_base.add(prefix)
         adapted[prefix] = options
 
+    def setup(self, stage: str) -> None:
+        """Look at the base anew: it may have been replaced since the last run."""
+        super().setup(stage)
+        if self.__dict__.get("_lora"):
+            self._frozen_base.forget()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the adapters' options and what they were trained on. Collective."""
         super().on_save_checkpoint(checkpoint)

@@ -32,7 +32,20 @@ def test_an_absent_class_gets_the_largest_weight_of_the_others():
 
 
 @pytest.mark.parametrize(
-    "counts", [[], [5], [[1, 2], [3, 4]], [1, -1], [1.5, 2], [float("nan"), 1], [float("inf"), 1], [0, 0]]
+    "counts",
+    [
+        [],
+        [5],
+        [[1, 2], [3, 4]],
+        [1, -1],
+        [1.5, 2],
+        [float("nan"), 1],
+        [float("inf"), 1],
+        [0, 0],
+        None,
+        {"a": 1},
+        ["5", "6"],
+    ],
 )
 def test_other_counts_are_refused(counts):
     with pytest.raises(MisconfigurationError, match="`counts`"):

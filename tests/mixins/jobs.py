@@ -62,6 +62,26 @@ def adapt_and_resume(strategy: str, devices: int, precision: str, late: bool, fo
     return {"refusal": "none"}
 
 
+class LowPrecisionBase(Classifier):
+    """A bf16 base, as large models are loaded, with fp32 adapters beside it."""
+
+    def __init__(self) -> None:
+        L.LightningModule.__init__(self)
+        self.encoder, self.head = Encoder().bfloat16(), nn.Linear(6, 4)
+        self.adapt(self.encoder, LoRA(rank=2, alpha=4.0))
+
+    def forward(self, x):
+        return self.head(self.encoder(x.bfloat16()).float())
+
+
+def adapt_low_precision(strategy: str) -> list[str]:
+    """Three steps at `32-true`; returns the types of the adapters and of the base after them."""
+    module = LowPrecisionBase()
+    trainer(strategy=strategy, devices=2).fit(module)
+    layer = module.encoder.layer[0].query
+    return [str(layer.lora_A.dtype), str(layer.weight.dtype)]
+
+
 class Weighted(ClassWeightedLossMixin, L.LightningModule):
     """One linear layer, one step on a batch that is spread unevenly."""
 

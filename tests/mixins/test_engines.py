@@ -64,6 +64,12 @@ def test_adapters_train_and_resume_in_bf16(strategy, group, tmp_path):
     assert "is not the tensor that this checkpoint was trained on" in answer["refusal"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_adapters_stay_fp32_beside_a_bf16_base(strategy, group):
+    answers = group.call("tests.mixins.jobs:adapt_low_precision", strategy=strategy)
+    assert answers == [["torch.float32", "torch.bfloat16"]] * 2
+
+
 @pytest.mark.parametrize("strategy", ENGINES)
 def test_the_weighted_mean_is_that_of_the_whole_batch(strategy, group, tmp_path):
     values, weights = expected_losses()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_tricks.errors import CheckpointError
-from tests.mixins.models import QUIET, Classifier, trainer
+from tests.mixins.models import QUIET, Classifier, Encoder, trainer
 
 pytestmark = QUIET
 
@@ -148,6 +148,16 @@ def test_weights_given_after_adapting_are_the_base(tmp_path):
             model.get_parameter(name).copy_(parameter)
     fit(tmp_path / "a.ckpt", model)
     Classifier.load_from_checkpoint(tmp_path / "a.ckpt", base_seed=1)
+
+
+def test_weights_replaced_between_runs_are_the_base(tmp_path):
+    """A fingerprint of before, taken when a checkpoint was written, must not outlive the weights."""
+    model = fit(tmp_path / "a.ckpt")
+    model.encoder.load_state_dict({**model.encoder.state_dict(), **Encoder(seed=1).state_dict()})
+    fit(tmp_path / "b.ckpt", model)
+    Classifier.load_from_checkpoint(tmp_path / "b.ckpt", base_seed=1)
+    with pytest.raises(CheckpointError):
+        Classifier.load_from_checkpoint(tmp_path / "b.ckpt")
 
 
 def test_unfrozen_later_is_saved_from_then_on():
