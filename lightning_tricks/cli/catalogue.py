@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from lightning_tricks.cli.signatures import argument_lines, call_in_example, code_in_example, defaults, summary
+from lightning_tricks.cli.signatures import (
+    argument_lines,
+    call_in_example,
+    code_in_example,
+    defaults,
+    own_methods,
+    signature_text,
+    summary,
+)
 
 __all__ = ["Entry", "entries", "write"]
 
@@ -24,10 +32,11 @@ INDEX = """# {title}
 One file to stack for each; the code is in `lightning_tricks.{folder}`.
 
 ```console
-$ lightning-tricks fit --config examples/reviews/config.yaml --config {file}
+$ lightning-tricks fit --config my.yaml --config {file}
 ```
 
 Later files and options win over earlier ones. {note}
+
 The files are rendered from the code by `make catalogue`: copy them, do not edit them here.
 
 | name | what it does | more |
@@ -144,8 +153,11 @@ def _preset(flag: str, preset: Any) -> Entry:
 
 
 def _mixin(trick: type[Any]) -> Entry:
-    head = _comment([summary(trick), "", *argument_lines(trick, {})])
-    return Entry(trick.__name__, "mixin", summary(trick), f"{head}\n{code_in_example(trick)}")
+    lines = [summary(trick), "", *argument_lines(trick, {})]
+    for name, method in own_methods(trick).items():
+        lines += [f"self.{name}{signature_text(method)}", f"    {summary(method)}"]
+        lines += [f"    {line}" for line in argument_lines(method, {})]
+    return Entry(trick.__name__, "mixin", summary(trick), f"{_comment(lines)}\n\n{code_in_example(trick)}")
 
 
 def _file(head: list[str], content: Mapping[str, Any]) -> str:

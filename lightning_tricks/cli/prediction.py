@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from lightning_tricks.cli.checks import check_checkpoint, check_folder
+from lightning_tricks.cli.checks import check_folder
 from lightning_tricks.data.files import read_columns, refuse_nulls
 from lightning_tricks.data.padding import PadToLongest
 from lightning_tricks.data.tokens import load_tokenizer
@@ -56,7 +56,6 @@ def load_classifier(path: str | Path) -> TextClassifier:
     Raises:
         CheckpointError: if it is not there, incomplete, or of another kind of model.
     """
-    check_checkpoint(path)
     checkpoint = read_checkpoint(Path(path))
     options = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name != "_instantiator"}
     package, name = options.pop("_class_path", "lightning_tricks.recipes.TextClassifier").rsplit(".", 1)

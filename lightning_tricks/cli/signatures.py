@@ -10,10 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import docstring_parser
+from lightning.pytorch import LightningModule
 
 from lightning_tricks.errors import MisconfigurationError
 
-__all__ = ["argument_lines", "call_in_example", "code_in_example", "defaults", "summary"]
+__all__ = [
+    "argument_lines",
+    "call_in_example",
+    "code_in_example",
+    "defaults",
+    "own_methods",
+    "signature_text",
+    "summary",
+]
 
 WIDTH = 116
 
@@ -64,6 +73,32 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """
     parameters = inspect.signature(function).parameters.values()
     return {p.name: _plain(p.default) for p in parameters if p.default is not p.empty}
+
+
+def own_methods(mixin: type[Any]) -> dict[str, Callable[..., Any]]:
+    """What a mixin adds to a LightningModule for its user to call, without the hooks that Lightning calls.
+
+    Args:
+        mixin: an exported class.
+    """
+    methods = {name: value for name, value in vars(mixin).items() if inspect.isfunction(value) and name[0] != "_"}
+    return {name: method for name, method in methods.items() if not hasattr(LightningModule, name)}
+
+
+def signature_text(method: Callable[..., Any]) -> str:
+    """The names and defaults of a method's arguments.
+
+    Args:
+        method: with `self`.
+
+    Example:
+        >>> def clip(self, limit, *, norm_type=2.0): ...
+        >>> signature_text(clip)
+        '(limit, norm_type=2.0)'
+    """
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    written = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+    return f"({', '.join(written)})"
 
 
 def code_in_example(trick: type[Any]) -> str:

@@ -48,13 +48,13 @@ def run(command: str, arguments: list[str]) -> int:
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
-        arguments: its options; `--strategy` and `--devices` are short for the Trainer's.
+        arguments: its options.
 
     Raises:
         MisconfigurationError: for what cannot be meant, before training.
     """
     resume = command == "fit" and "--resume" in arguments
-    rest = [argument for argument in lengthen(arguments) if not (resume and argument == "--resume")]
+    rest = [argument for argument in arguments if not (resume and argument == "--resume")]
     try:
         TricksCLI([command, *rest], resume=resume)
     except MisconfigurationException as error:  # Lightning's own
@@ -68,7 +68,7 @@ class TricksCLI(LightningCLI):
     A model with the options `labels` and `class_counts` gets them from data that has attributes of these names.
 
     Args:
-        args: the subcommand and its options.
+        args: the subcommand and its options; `--strategy` and `--devices` are short for the Trainer's.
         resume: whether `fit` goes on from the newest checkpoint of the run's folder.
 
     Raises:
@@ -86,7 +86,7 @@ class TricksCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs"},
             parser_kwargs={"fit": {"description": ABOUT_FIT}},
-            args=args,
+            args=lengthen(args),
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
