@@ -74,9 +74,9 @@ class CheckpointEnsemble(TrickCallback):
     """Averages the best checkpoints of a fit into one, and scores it beside the best single one.
 
     After each validation the weights are kept if they are among the best K. When the fit ends their uniform average
-    is written to `<dirpath>/ensemble.ckpt`, a checkpoint that `load_from_checkpoint`, `trainer.test(ckpt_path=...)`
-    and `torch.load(weights_only=True)` read. It is validated once on the fit's validation data: `results`, and the
-    loggers as `ensemble/<metric>` and `best/<metric>`, say how it compares. The module keeps the weights that it
+    is written to `<dirpath>/ensemble.ckpt`, a checkpoint that `load_from_checkpoint` reads strictly, on any engine. It
+    is validated once on the fit's validation data: `results`, and the loggers as `ensemble/<metric>` and
+    `best/<metric>`, say how it compares. The module keeps the weights that it
     ended the fit with (or that `EarlyStopping` restored): the ensemble is a file.
 
     A score that is not finite is never a member. Running statistics of normalisation layers cannot be averaged, so
