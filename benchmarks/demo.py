@@ -1,0 +1,119 @@
+"""The demo's comparison with three seeds: does LoRA beat the head alone, do class weights help the rarest class?
+
+Run it on a machine that does nothing else: `make bench`, or `python benchmarks/demo.py --seeds 0 1 2`. Each seed
+changes the split, the order and the first weights; within a seed every row has the same of each, and the same budget.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+from lightning_tricks.cli.comparison import FULL, ROWS, Result, train
+from lightning_tricks.cli.demo_report import hardware
+
+RESULTS = Path(__file__).parent / "results" / "demo.json"
+REPORTED = ("accuracy", "macro_f1", "recall_fresh", "recall_plot", "recall_rotten")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    runs = {row.name: [] for row in ROWS}
+    start = time.perf_counter()
+    for seed in options.seeds:
+        for result in one_seed(seed):
+            runs[result.name].append(result)
+    content = {
+        "question": "the demo's rows on the same split and budget; mean, least and most over the seeds",
+        "commit": commit(),
+        "hardware": hardware(),
+        "seeds": options.seeds,
+        "budget": asdict(FULL),
+        "seconds": round(time.perf_counter() - start),
+        "rows": {name: summary(results) for name, results in runs.items()},
+        "findings": findings(runs),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content["findings"], indent=1), f"\nwritten to {options.output}")
+
+
+def one_seed(seed):
+    data = FULL.data(seed)
+    data.prepare_data()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, row in enumerate(ROWS):
+            result = train(row, FULL, data, seed=seed, folder=Path(folder, str(number)), watch=Callback())
+            print(
+                f"seed {seed}: {row.name}: macro-F1 {result.metrics['macro_f1']:.3f}, {result.seconds:.0f} s",
+                flush=True,
+            )
+            yield result
+
+
+def summary(results: list[Result]):
+    values = {name: [result.metrics[name] for result in results] for name in REPORTED}
+    values["seconds"] = [result.seconds for result in results]
+    values["steps"] = [result.steps for result in results]
+    return {
+        "learning_rate": results[0].learning_rate,
+        "trainable": results[0].trainable,
+        "checkpoint_bytes": results[0].checkpoint_bytes,
+        **{name: spread(each) for name, each in values.items()},
+    }
+
+
+def spread(values):
+    rounded = [round(value, 4) for value in values]
+    return {"mean": round(statistics.mean(values), 4), "least": min(rounded), "most": max(rounded), "each": rounded}
+
+
+def findings(runs):
+    """The two questions, answered from the figures alone."""
+    head, lora, weighted, tricks = ([result.metrics for result in runs[row.name]] for row in ROWS)
+    gain = mean(lora, "macro_f1") - mean(head, "macro_f1")
+    widest = max(width(head, "macro_f1"), width(lora, "macro_f1"))
+    rarest = [w["recall_plot"] - u["recall_plot"] for w, u in zip(weighted, lora, strict=True)]
+    return {
+        "lora_minus_head_macro_f1": round(gain, 4),
+        "widest_spread_of_macro_f1": round(widest, 4),
+        "lora_beats_head_by_more_than_the_spread": gain > widest,
+        "class_weights_change_of_rarest_recall": [round(value, 4) for value in rarest],
+        "class_weights_raise_rarest_recall_on_average": statistics.mean(rarest) > 0,
+        "class_weights_change_of_macro_f1": round(mean(weighted, "macro_f1") - mean(lora, "macro_f1"), 4),
+        "tricks_change_of_macro_f1": round(mean(tricks, "macro_f1") - mean(weighted, "macro_f1"), 4),
+    }
+
+
+def mean(metrics, name):
+    return statistics.mean(each[name] for each in metrics)
+
+
+def width(metrics, name):
+    return max(each[name] for each in metrics) - min(each[name] for each in metrics)
+
+
+def commit():
+    def git(*arguments):
+        ran = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return ran.stdout.strip() if ran.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "../lightning_tricks")
+    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if changed else "")
+
+
+if __name__ == "__main__":
+    main()
