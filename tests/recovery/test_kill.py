@@ -1,4 +1,4 @@
-"""`kill -9` of a whole `lightning-tricks fit` at a random moment; `--resume` ends with an uninterrupted run's weights."""
+"""`kill -9` of a whole `lightning-tricks fit` at a random moment; `--resume` ends with uninterrupted weights."""
 
 import contextlib
 import os
