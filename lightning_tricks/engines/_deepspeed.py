@@ -5,6 +5,8 @@ DeepSpeed's private attributes are touched here and in `_zero_strategy.py` only;
 """
 
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ class DeepSpeedEngine(BaseEngine):
     def __init__(self, trainer: Trainer) -> None:
         self._stage = int(_config(trainer).get("zero_optimization", {}).get("stage", 0))
         super().__init__(trainer, f"zero_{self._stage}")
-        self._gradients: _StepGradients | None = None
+        self._gradients: Callable[[], _StepGradients | None] = lambda: None
         if self._stage == 0:
             raise UnsupportedError(
                 "A trick", "DeepSpeed without ZeRO", "its optimizer keeps no norm", "use `strategy='ddp'` or 'zero_1'"
@@ -63,9 +65,11 @@ class DeepSpeedEngine(BaseEngine):
         self._step_gradients().clip(float(limit) if bool(norm.isfinite()) else 0.0)
 
     def _step_gradients(self) -> "_StepGradients":
-        if self._gradients is None or self._gradients.engine is not self._live:
-            self._gradients = _StepGradients(self._live, self._stage)
-        return self._gradients
+        gradients = self._gradients()
+        if gradients is None or gradients.engine is not self._live:
+            gradients = _StepGradients(self._live, self._stage)
+            self._gradients = weakref.ref(gradients)  # the optimizer keeps it; an engine keeps no model alive
+        return gradients
 
     @property
     def _live(self) -> Any:

@@ -1,5 +1,7 @@
 """What every engine must do, as functions that a worker runs: `one_device` writes references, the others compare."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import lightning as L
@@ -15,7 +17,10 @@ from lightning_tricks.errors import CheckpointError
 from lightning_tricks.storage import WeightsFile
 
 BATCH = 8  # samples of a global batch
-ONLY = {"lightnings_own_strategy": ("ddp", "fsdp2")}  # one device has a single one; DeepSpeedStrategy refuses CPUs
+ONLY = {
+    "lightnings_own_strategy": ("ddp", "fsdp2"),  # one device has a single one; DeepSpeedStrategy refuses CPUs
+    "engines_keep_no_model_alive": ("one_device", "ddp", "fsdp2"),  # DeepSpeed's gradient hooks keep its engines
+}
 
 
 class Run:
@@ -451,6 +456,31 @@ def frozen_kept(run):
     assert torch.equal(dict(engine_of(trainer).named_full_weights())["enter.weight"], Net().enter.weight)
 
 
+def built_late(run):
+    """A module whose layers are made in `configure_model`, under the strategy's own initialisation."""
+    trainer = fit(run, Late(batches=3), Probe(limit=0.5), max_epochs=1)
+    run.compare("late-weights", float_weights(trainer), 2e-5)
+
+
+class Late(Net):
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.head = None
+
+    def configure_model(self):
+        if self.head is None:
+            torch.manual_seed(2)
+            self.head = nn.Linear(11, 3)
+
+
+def engines_keep_no_model_alive(run):
+    trainer = fit(run, Net(batches=1), Probe(limit=0.5), max_epochs=1)
+    strategy = weakref.ref(trainer.strategy)
+    del trainer
+    gc.collect()
+    assert strategy() is None
+
+
 def not_finite(run):
     """A norm of a NaN gradient is not finite, on every rank."""
     probe = Probe(limit=1.0)
@@ -464,7 +494,10 @@ def evaluation_only(run):
     path = run.path("tested.ckpt")
     module = Net(batches=3)
     trainer = fit(run, module, Probe(save=(3, path)), max_epochs=1)
+    trained = weights_of(trainer)
     after = trainer.test(module, verbose=False)[0]["test/loss"]
+    for name, value in weights_of(trainer).items():
+        assert torch.equal(value, trained[name]), name
     fresh = run.trainer().test(Net(), ckpt_path=str(path), verbose=False)[0]["test/loss"]
     assert abs(after - fresh) < 1e-6, (after, fresh)
     run.compare("tested", {"loss": torch.tensor(after)}, 1e-4)
