@@ -319,6 +319,7 @@ def trained(strategy, devices, encoder, path, out):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five launches, two of them importing DeepSpeed
 def test_every_strategy_scores_as_one_device_does(tiny_bert, tsv, tmp_path):
     alone = trained("auto", 1, tiny_bert, tsv, tmp_path / "auto.pt")
     assert len(alone) == 3 * 13
