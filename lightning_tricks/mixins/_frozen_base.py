@@ -32,7 +32,8 @@ class FrozenBase:
 
     def add(self, prefix: str) -> None:
         """Count the module of this name in."""
-        self._prefixes.append(prefix)
+        if prefix not in self._prefixes:
+            self._prefixes.append(prefix)
 
     def forget(self) -> None:
         """Drop the fingerprints: between one run and the next, the weights may be replaced."""

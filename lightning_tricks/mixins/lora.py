@@ -128,26 +128,37 @@ class LoRAMixin(_Base):
         for layer in layers.values():
             LoRALinear.extend(layer, rank=policy.rank, alpha=policy.alpha, dropout=policy.dropout)
         leave_fast_path(self)
-        if not adapted:
-            self._frozen_base = FrozenBase(self)
-        self._frozen_base.add(prefix)
+        self._leave_out(prefix)
         adapted[prefix] = options
+
+    def freeze_base(self, module: nn.Module) -> None:
+        """Freeze `module` without adapters: checkpoints leave it out, and hold a fingerprint of it, all the same.
+
+        Args:
+            module: a module of `self`, with its pretrained weights in place.
+
+        Raises:
+            MisconfigurationError: if `module` is not part of `self`.
+        """
+        prefix = self._path_of(module)
+        module.requires_grad_(False)
+        self._leave_out(prefix)
 
     def setup(self, stage: str) -> None:
         """Look at the base anew: it may have been replaced since the last run."""
         super().setup(stage)
-        if self.__dict__.get("_lora"):
+        if "_frozen_base" in self.__dict__:
             self._frozen_base.forget()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the adapters' options and what they were trained on. Collective."""
         super().on_save_checkpoint(checkpoint)
-        if adapted := self.__dict__.get("_lora"):
+        if "_frozen_base" in self.__dict__:
             record = checkpoint.setdefault("lightning_tricks", {})
             record["base"] = self._frozen_base.fingerprints(self)
             record["lora"] = {
                 prefix: {"rank": options["rank"], "alpha": float(options["alpha"])}
-                for prefix, options in adapted.items()
+                for prefix, options in self.__dict__.get("_lora", {}).items()
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -157,14 +168,19 @@ class LoRAMixin(_Base):
             CheckpointError: naming the first tensor, or the option, that differs.
         """
         super().on_load_checkpoint(checkpoint)
-        if not (adapted := self.__dict__.get("_lora")):
+        if "_frozen_base" not in self.__dict__:
             return
         record = checkpoint.get("lightning_tricks", {})
         if "base" not in record:
             rank_zero_warn("This checkpoint does not say which base model it was trained on: it may not be this one.")
             return
         self._frozen_base.verify(self, record["base"], checkpoint.get("state_dict", ()))
-        _require_same_options(adapted, record.get("lora", {}))
+        _require_same_options(self.__dict__.get("_lora", {}), record.get("lora", {}))
+
+    def _leave_out(self, prefix: str) -> None:
+        if "_frozen_base" not in self.__dict__:
+            self._frozen_base = FrozenBase(self)
+        self._frozen_base.add(prefix)
 
     def _path_of(self, module: nn.Module) -> str:
         for name, candidate in self.named_modules():

@@ -89,7 +89,7 @@ class TextClassifier(LoRAMixin, ClassWeightedLossMixin, L.LightningModule):
         if tuning == "lora":
             self.adapt(self.encoder, LoRA(rank=rank, alpha=2 * rank, targets=lora_targets(self.encoder)))
         elif tuning == "head":
-            self.encoder.requires_grad_(False)
+            self.freeze_base(self.encoder)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, (batch, classes), of `input_ids` and `attention_mask`, both (batch, tokens)."""

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 
 from lightning_tricks.errors import CheckpointError
 from tests.mixins.models import QUIET, Classifier, Encoder, trainer
@@ -164,3 +165,21 @@ def test_unfrozen_later_is_saved_from_then_on():
     model = Classifier()
     model.encoder.pooler.requires_grad_(True)
     assert {"encoder.pooler.weight", "encoder.pooler.bias"} <= set(model.state_dict())
+
+
+class HeadOnly(Classifier):
+    """The same encoder, frozen without adapters."""
+
+    def __init__(self, base_seed: int = 0) -> None:
+        LightningModule.__init__(self)
+        self.encoder, self.head = Encoder(base_seed), torch.nn.Linear(6, 4)
+        self.freeze_base(self.encoder)
+
+
+def test_a_frozen_module_is_left_out_and_recognised_all_the_same(tmp_path):
+    model = fit(tmp_path / "head.ckpt", HeadOnly())
+    state = torch.load(tmp_path / "head.ckpt", weights_only=True)["state_dict"]
+    assert set(state) == {"head.weight", "head.bias"} | BUFFERS
+    assert_equal_weights(HeadOnly.load_from_checkpoint(tmp_path / "head.ckpt", strict=True), model)
+    with pytest.raises(CheckpointError, match=r"encoder\.layer\.0\.query\.weight"):
+        HeadOnly.load_from_checkpoint(tmp_path / "head.ckpt", base_seed=1)
