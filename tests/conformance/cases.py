@@ -38,7 +38,7 @@ from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance.compare import differences
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
-__all__ = ["CASES", "Case", "Run", "case_named"]
+__all__ = ["CASES", "Case", "Run"]
 
 EXACT = {"32-true": 2e-5, "bf16-mixed": 1e-1}
 
@@ -262,10 +262,6 @@ CASES = (
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
 )
-
-
-def case_named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
 
 
 # -- help for checks ---------------------------------------------------------------------------------------------------

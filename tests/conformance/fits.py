@@ -1,5 +1,6 @@
 """What a worker does for one cell: an uninterrupted fit, and one that is interrupted in mid-epoch and resumed."""
 
+import importlib
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -24,15 +25,21 @@ def warm_up() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-def cell(case: str, engine: str, precision: str, folder: str) -> dict[str, str]:
+def cell(rows: str, case: str, engine: str, precision: str, folder: str) -> dict[str, str]:
     """Do the fits of one cell; rank 0 leaves their outcomes in `folder`, `straight.pt` and `resumed.pt`.
+
+    Args:
+        rows: the module whose `CASES` hold the row.
+        case: the row's name.
+        engine: the column.
+        precision: the Trainer's.
+        folder: an empty one.
 
     Returns:
         `{}`, or `{"message": ..., "reason": ...}` if the engine refused the trick.
     """
-    from tests.conformance.cases import case_named
-
-    fits = Fits(case_named(case), engine, precision, Path(folder))
+    (found,) = (row for row in importlib.import_module(rows).CASES if row.name == case)
+    fits = Fits(found, engine, precision, Path(folder))
     try:
         fits.straight()
     except UnsupportedError as error:
