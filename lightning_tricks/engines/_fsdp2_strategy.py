@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
-from lightning_tricks.errors import MisconfigurationError
+from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["FSDP2Strategy"]
 
@@ -135,6 +135,35 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         write = super().save_checkpoint
         save_folder(self, path, lambda partial: write(checkpoint, partial, storage_options))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint folder, or a single file: of one device, DDP or an ensemble."""
+        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
+        if not path.is_file():
+            return super().load_checkpoint(path, weights_only)
+        strict = module.strict_loading  # type: ignore[union-attr]
+        self._refuse_file(path, strict, weights_only)
+        # Lightning is strict about every parameter, also those that the module's state dict leaves out.
+        module.strict_loading = False  # type: ignore[union-attr]
+        try:
+            return super().load_checkpoint(path, weights_only)
+        finally:
+            module.strict_loading = strict  # type: ignore[union-attr]
+
+    def _refuse_file(self, path: Path, strict: bool, weights_only: bool | None) -> None:
+        module: Any = self.lightning_module
+        if module.trainer.state.fn == TrainerFn.FITTING and not all(p.requires_grad for p in module.parameters()):
+            raise CheckpointError(
+                f"{path} is a single file, whose optimizer state counts trained parameters only: FSDP2 cannot resume"
+                " from it beside frozen ones. Resume on one device, or from a folder that FSDP2 wrote."
+            )
+        saved = set(torch.load(path, map_location="meta", weights_only=weights_only)["state_dict"])
+        if strict and (differing := sorted(saved ^ set(module.state_dict()))):
+            where = "module" if differing[0] in saved else "checkpoint"
+            raise CheckpointError(
+                f"{path} does not fit {type(module).__name__}: `{differing[0]}` is not in the {where}. Load one"
+                " of this very model."
+            )
 
 
 def find_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:

@@ -190,6 +190,11 @@ class ZeroStrategy(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder. The clipping threshold stays the one configured now."""
         path = Path(self.broadcast(checkpoint_path))
+        if path.is_file():
+            raise CheckpointError(
+                f"{path} is a single file: ZeRO reads the folders that it wrote. Evaluate it on one device or with"
+                " strategy='ddp', or load it with `load_from_checkpoint` before the Trainer takes the module."
+            )
         self._refuse_other_ranks(path)
         optimizer = self.deepspeed_engine.optimizer
         if self.zero_stage_3 and not hasattr(optimizer, "_restore_from_bit16_weights"):

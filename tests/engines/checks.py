@@ -505,6 +505,27 @@ def evaluation_only(run):
     run.compare("tested", {"loss": torch.tensor(after)}, 1e-4)
 
 
+def single_file(run):
+    """A file without the frozen weights, as an ensemble is, is tested strictly; ZeRO says what to do instead."""
+    path, wrong = run.path("single.ckpt"), run.path("wrong.ckpt")
+    trainer = fit(run, Adapted(batches=3), Probe(), max_epochs=1)
+    state = weights_of(trainer)
+    expected = trainer.test(trainer.lightning_module, verbose=False)[0]["test/loss"]
+    if run.rank == 0:
+        rest = {"pytorch-lightning_version": L.__version__, "hyper_parameters": {}}
+        torch.save({"state_dict": state, **rest}, path)
+        torch.save({"state_dict": {**state, "stranger": torch.zeros(1)}, **rest}, wrong)
+    trainer.strategy.barrier()
+    if run.engine.startswith("zero"):
+        with pytest.raises(CheckpointError, match="single file"):
+            run.trainer().test(Adapted(), ckpt_path=str(path), verbose=False)
+        return
+    found = run.trainer().test(Adapted(), ckpt_path=str(path), verbose=False)[0]["test/loss"]
+    assert abs(found - expected) < 1e-6, (found, expected)
+    with pytest.raises((CheckpointError, RuntimeError), match="stranger"):
+        run.trainer().test(Adapted(), ckpt_path=str(wrong), verbose=False)
+
+
 def damaged(run):
     """A checkpoint that lacks a file's end, or a file, is refused by name."""
     path = run.path("broken.ckpt")
