@@ -117,7 +117,7 @@ ROWS = (
     Row("head only", "head"),
     Row("LoRA", "lora"),
     Row("LoRA + class weights", "lora", "balanced"),
-    Row("the same + clipping, ensemble, early stopping", "lora", "balanced", tricks=True),
+    Row("… + clip, ensemble, stop", "lora", "balanced", tricks=True),
 )
 
 

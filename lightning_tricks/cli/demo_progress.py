@@ -16,8 +16,8 @@ def progress_display(console: Console) -> Progress:
         console: where to show it.
     """
     return Progress(
-        TextColumn("{task.description}", table_column=None),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[state]}"),

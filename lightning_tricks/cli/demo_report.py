@@ -25,15 +25,15 @@ def table(results: list[Result], rarest: str) -> Table:
         rarest: the label of the class with the fewest training texts.
     """
     found = Table(title="Held-out test split")
-    found.add_column("")
-    scores = {"accuracy": "accuracy", "macro_f1": "macro-F1", f"recall_{rarest}": f"recall of\n“{rarest}”"}
-    for heading in (*scores.values(), "training\nseconds", "trainable\nparameters", "checkpoint\nMB"):
+    found.add_column("", no_wrap=True)
+    scores = {"accuracy": "accu-\nracy", "macro_f1": "macro-\nF1", f"recall_{rarest}": f"recall\n“{rarest}”"}
+    for heading in (*scores.values(), "sec-\nonds", "train-\nable", "check-\npoint kB"):
         found.add_column(heading, justify="right")
     best = {name: max(result.metrics[name] for result in results) for name in scores}
     for result in results:
         cells = [_score(result.metrics[name], best[name]) for name in scores]
-        megabytes = f"{result.checkpoint_bytes / 1e6:.1f}"
-        found.add_row(result.name, *cells, f"{result.seconds:.0f}", f"{result.trainable:,}", megabytes)
+        size = f"{result.checkpoint_bytes / 1e3:,.0f}"
+        found.add_row(result.name, *cells, f"{result.seconds:.0f}", f"{result.trainable:,}", size)
     return found
 
 

@@ -71,7 +71,7 @@ def test_table_marks_the_best_and_names_the_rarest(capsys):
     assert "\x1b[1m0.750" in shown
     assert "\x1b[1m0.250" not in shown
     assert "74,883" in shown
-    assert "0.3" in shown
+    assert "310" in shown
 
 
 @pytest.fixture
@@ -89,13 +89,13 @@ def test_demo_trains_every_row_and_reports(tiny, tmp_path, capsys):
     assert [row["steps"] for row in report["rows"]] == [4, 4, 4, 4]
     assert head["trainable"] == 384 * 3 + 3
     assert lora["trainable"] == head["trainable"] + 6 * 2 * 8 * (384 + 384)
-    assert lora["checkpoint_bytes"] < head["checkpoint_bytes"] / 50
+    assert lora["checkpoint_bytes"] < 90e6 / 50
     assert len(tricks["curves"]["grad_norm/total"]) == 4
     assert tricks["clip"] == comparison.CLIP
     assert (report["seed"], report["interrupted"]) == (1, False)
     assert (tmp_path / "report.png").stat().st_size > 20_000
     assert (tmp_path / "row_4" / "ensemble" / "ensemble.ckpt").exists()
-    assert "macro-F1" in capsys.readouterr().out
+    assert "report.png" in capsys.readouterr().out
 
 
 INTERRUPTED = """
