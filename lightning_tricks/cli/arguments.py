@@ -40,7 +40,7 @@ def explain(error: ArgumentError, options: Iterable[str]) -> MisconfigurationErr
 
     Example:
         >>> error = ArgumentError(None, "unrecognized arguments: --trainer.max_epoch 3")
-        >>> print(explain(error, ["--trainer.max_epochs", "--trainer.devices"]))
+        >>> print(explain(error, ["--trainer.max_epochs"]))
         `--trainer.max_epoch` is not an option. Did you mean `--trainer.max_epochs`?
     """
     message = str(error)

@@ -27,7 +27,7 @@ def check_strategy(strategy: Any) -> None:
         >>> check_strategy("zro_2")
         Traceback (most recent call last):
         ...
-        lightning_tricks.errors.MisconfigurationError: `zro_2` is not a strategy. Did you mean `zero_2` or `zero_1`?
+        lightning_tricks.errors.MisconfigurationError: `zro_2` is not a strategy. Did you mean `zero_2` or `zero_3`?
     """
     # The registry as the Trainer sees it, with Lightning's names and ours.
     from lightning.pytorch.trainer.connectors.accelerator_connector import StrategyRegistry  # type: ignore[attr-defined]
