@@ -4,11 +4,10 @@ import lightning as L
 import torch
 
 from lightning_tricks.callbacks import GradientClipping
-from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import engine_of
 from lightning_tricks.errors import UnsupportedError
-from tests.conformance.fits import GLOBAL_BATCH, Recorder
-from tests.conformance.model import Classifier, Sequences, collate
+from tests.conformance.fits import Recorder
+from tests.conformance.model import Classifier, loader
 
 
 class FusedClassifier(Classifier):
@@ -19,7 +18,6 @@ class FusedClassifier(Classifier):
 def fit(flag: str, precision: str, out: str, fused: bool = False) -> str:
     """Fit on the GPU; leaves weights and logged values in `out`. Returns the message of a refusal, or nothing."""
     L.seed_everything(0, verbose=False)
-    torch.use_deterministic_algorithms(False)
     recorder, module = Recorder(), FusedClassifier() if fused else Classifier()
     trainer = L.Trainer(
         max_epochs=2,
@@ -34,9 +32,8 @@ def fit(flag: str, precision: str, out: str, fused: bool = False) -> str:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = TricksDataLoader(Sequences(54, 1), batch_size=GLOBAL_BATCH, shuffle=True, seed=0, collate_fn=collate)
     try:
-        trainer.fit(module, data)
+        trainer.fit(module, loader(54, 1))
     except UnsupportedError as error:
         return str(error)
     weights = {name: tensor.float().clone() for name, tensor in engine_of(trainer).named_full_weights()}
