@@ -120,7 +120,6 @@ def test_small_gradients_are_left_alone():
     assert torch.equal(gradient, torch.tensor([0.3, 0.4]))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_fused_optimizer_with_a_scaler_is_refused():
     class Fused(Net):
         def configure_optimizers(self):
@@ -131,7 +130,6 @@ def test_fused_optimizer_with_a_scaler_is_refused():
         trainer.fit(Fused())
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_lbfgs_is_refused():
     class Closure(Net):
         def configure_optimizers(self):
@@ -150,14 +148,12 @@ def test_trainer_that_clips_contradicts_a_claim():
         engine_of(trainer).claim_gradient_clipping("Clipper")
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("second", [OtherClipper, Clipper])
 def test_two_callbacks_that_clip_contradict(second):
     with pytest.raises(MisconfigurationError, match=r"Clipper and .*Clipper both clip"):
         quiet(Clipper(), second()).fit(Net())
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_second_fit_may_claim_again():
     trainer = quiet(Clipper())
     trainer.fit(Net())

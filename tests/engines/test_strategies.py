@@ -95,7 +95,6 @@ def test_more_processes_than_cores_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not run: needs DeepSpeed")
 @pytest.mark.parametrize("path", PRIVATE)
 def test_deepspeed_still_has_what_the_engine_touches(path, monkeypatch):

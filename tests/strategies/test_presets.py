@@ -28,7 +28,6 @@ def test_the_fsdp2_flag_builds_the_strategy():
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_zero_flags_build_their_stage(stage):
     strategy = StrategyRegistry.get(f"zero_{stage}")
@@ -39,6 +38,5 @@ def test_the_zero_flags_build_their_stage(stage):
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_bucket_size_is_passed_on():
     assert zero(stage=1, bucket_size=4096).bucket_size == 4096
