@@ -11,9 +11,7 @@ from lightning_tricks.callbacks import ClippingPolicy, FixedNorm, GradientClippi
 from lightning_tricks.errors import MisconfigurationError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # resumed without the ModelCheckpoint
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),  # Lightning on torch 2.13
 ]
 
 

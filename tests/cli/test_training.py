@@ -9,7 +9,6 @@ import torch
 from lightning_tricks.cli.training import TricksCLI
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec",  # Lightning on torch 2.13
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # how Lightning uses it
 )
 OWN = ["--model", "own.Net", "--data", "own.Data"]

@@ -14,8 +14,6 @@ from lightning_tricks.data import TricksDataLoader, loader
 from lightning_tricks.errors import DataError, MisconfigurationError
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`isinstance.treespec, LeafSpec:FutureWarning",  # Lightning on torch 2.13
-    "ignore:.*does not have many workers",
     "ignore:The number of training batches",
 )
 

@@ -10,11 +10,9 @@ from torch.utils.data import TensorDataset
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.mixins import LoRA, LoRAMixin
 
-# What Lightning itself says about small loaders, missing callbacks and its own use of torch.
+# What Lightning says of a run that is resumed without its ModelCheckpoint.
 QUIET = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
 ]
 
 
