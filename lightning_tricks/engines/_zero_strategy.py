@@ -21,7 +21,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
 from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
+from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
 
 __all__ = ["ZeroStrategy"]
@@ -39,7 +41,7 @@ _SMALLEST_BUCKET = 2**20
 _BUCKET_UNIT = 256  # DeepSpeed wants a multiple of its alignment
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     """ZeRO with the results of one device.
 
     Beyond Lightning's `DeepSpeedStrategy`: it runs on CPU over gloo; Lightning accumulates gradients, so a loss is
@@ -51,6 +53,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         stage: what is divided over the ranks: 1 optimizer state, 2 gradients as well, 3 parameters as well.
         bucket_size: elements (at least 1) reduced or gathered at once; `"auto"` is an eighth of the trained
             parameters, but no less than 2**20 (or all of them) and no more than 2e8.
+        activation_checkpointing: `"blocks"` keeps the inputs of the module's repeated blocks only, and computes the
+            rest again in the backward pass.
+        precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
 
     Raises:
         MissingDependencyError: if DeepSpeed is not installed.
@@ -62,13 +67,23 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     strategy_name = "zero"
 
-    def __init__(self, *, stage: Literal[1, 2, 3] = 2, bucket_size: int | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        stage: Literal[1, 2, 3] = 2,
+        bucket_size: int | Literal["auto"] = "auto",
+        activation_checkpointing: Literal["blocks"] | None = None,
+        precision: Mixed | None = None,
+    ) -> None:
         _refuse_options(stage, bucket_size)
+        refuse_activation_checkpointing(activation_checkpointing)
         _require_deepspeed()
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is first imported
         super().__init__(stage=stage, logging_level=logging.ERROR)
+        self._bring_precision(precision)
         self.bucket_size = bucket_size
+        self.activation_checkpointing = activation_checkpointing
         self._engine_hooks: list[tuple[dict[int, Any], int]] = []
 
     # -- accumulation: Lightning counts, DeepSpeed is told ---------------------------------------------------------
@@ -122,6 +137,8 @@ class ZeroStrategy(DeepSpeedStrategy):
                 f"{type(model).__name__} has no parameter that requires a gradient: ZeRO has nothing to train."
             )
         self._size_buckets(trained)
+        if self.activation_checkpointing is not None:
+            checkpoint_blocks(self._required_module)
         return self._initialize(
             model, self._config, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
         )
