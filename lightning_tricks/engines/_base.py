@@ -43,6 +43,7 @@ class BaseEngine:
         self._name = name
         self._claims: set[str] = set()
         self._norms: dict[int, tuple[int, Tensor]] = {}
+        self._vetoes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     # -- who we are --------------------------------------------------------------------------------------------
 
@@ -98,10 +99,7 @@ class BaseEngine:
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         """The global norm of this step's gradients, computed once."""
-        if isinstance(optimizer, LBFGS):
-            raise UnsupportedError(
-                "The gradient norm", "LBFGS", "one step evaluates several gradients", "use a first-order optimizer"
-            )
+        _refuse_closures(optimizer)
         step = self._trainer.global_step
         known, norm = self._norms.get(id(optimizer), (-1, None))
         if norm is None or known != step:
@@ -112,6 +110,16 @@ class BaseEngine:
     def clip_gradient_norm(self, optimizer: Optimizer, limit: float | Tensor) -> None:
         """Scale this step's gradients by `min(1, limit / norm)`."""
         self._clip(optimizer, self.gradient_norm(optimizer), limit)
+
+    def veto_step(self, optimizer: Optimizer) -> None:
+        """Drop this step, once, on all ranks."""
+        self.gradient_norm(optimizer)  # whoever asks later in this step gets the norm of the gradients as they were
+        if not self._is_vetoed(optimizer):
+            self._vetoes[optimizer] = self._trainer.global_step
+            self._veto(optimizer)
+
+    def _is_vetoed(self, optimizer: Optimizer) -> bool:
+        return self._vetoes.get(optimizer) == self._trainer.global_step
 
     # -- weights -----------------------------------------------------------------------------------------------
 
@@ -198,6 +206,13 @@ class BaseEngine:
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         raise NotImplementedError
 
+    def _veto(self, optimizer: Optimizer) -> None:
+        raise NotImplementedError
+
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step changed the weights."""
+        raise NotImplementedError
+
     def _layout(self, tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
         """The dtype and shape that `_whole` will give, without communicating."""
         return tensor.dtype, tuple(tensor.shape)
@@ -210,6 +225,13 @@ class BaseEngine:
 
     def _publish(self) -> None:
         """Bring low-precision and gathered copies up to date after `_write`."""
+
+
+def _refuse_closures(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, LBFGS):
+        raise UnsupportedError(
+            "The gradient norm", "LBFGS", "one step evaluates several gradients", "use a first-order optimizer"
+        )
 
 
 def _describe(shape: Any) -> str:

@@ -60,6 +60,27 @@ class Engine(Protocol):
         Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. Collective.
         """
 
+    def veto_step(self, optimizer: Optimizer) -> None:
+        """Drop this optimizer step: weights, moments and step counts stay as if it had not been, bit for bit.
+
+        The whole accumulation window is dropped and the next one starts clean. The loss scale of fp16 and its count of
+        good steps stay too, unless the scaler itself found a gradient that is not finite: then it backs off.
+        `trainer.global_step` advances, and so does a learning-rate schedule that Lightning steps: neither is the
+        engine's. An optimizer must leave parameters without a gradient alone, as all of torch's do.
+
+        Live, inside `on_before_optimizer_step` of a real step. Collective: on all ranks or on none, so decide by a
+        value that is the same on all, as `gradient_norm` is. Costs that norm, if nobody asked for it, and nothing
+        else; under fp16 on the torch engines it waits for the loss scale.
+        """
+
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step changed the weights: not if it was vetoed, nor if a loss scaler skipped it.
+
+        Live, after a real step, in `on_train_batch_end` or later; the same on every rank. Free. Where Lightning
+        accumulates, a micro-batch leaves the answer of the step before. False before the first step. The engine
+        must exist before the step: get it in `setup()`.
+        """
+
     # -- weights: live, between steps --------------------------------------------------------------------------
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:

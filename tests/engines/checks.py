@@ -19,6 +19,7 @@ from lightning_tricks.storage import WeightsFile
 BATCH = 8  # samples of a global batch
 ONLY = {
     "lightnings_own_strategy": ("ddp", "fsdp2"),  # one device has a single one; DeepSpeedStrategy refuses CPUs
+    "vetoed_unchecked": ("zero_1", "zero_2", "zero_3"),
     "engines_keep_no_model_alive": ("one_device", "ddp", "fsdp2"),  # DeepSpeed's gradient hooks keep its engines
 }
 
@@ -547,3 +548,128 @@ def damaged(run):
 def shards(path: Path) -> list[Path]:
     suffixes = (".pt", ".distcp", ".ckpt")
     return sorted(file for file in [path, *path.rglob("*")] if file.is_file() and file.suffix in suffixes)
+
+
+# -- vetoes --------------------------------------------------------------------------------------------------------
+
+
+class PoisonedRank(Net):
+    """One batch is not finite, on the last rank only."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        last = ranks()[0] == ranks()[1] - 1
+        return loss * float("nan") if index == self.bad and last else loss
+
+
+class Guard(L.Callback):
+    """Vetoes steps by number, or those whose norm is not finite; notes what the engine says and what moved."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+        self.applied: list[bool] = []
+        self.moved: list[bool] = []
+        self.scalers: list[dict] = []
+        self.before: dict[str, torch.Tensor] = {}
+
+    def on_train_start(self, trainer, pl_module):
+        assert not engine_of(trainer).was_step_applied()
+        self.before = float_weights(trainer)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        engine = engine_of(trainer)
+        assert engine.is_optimizer_step()
+        bad = trainer.global_step in self.steps if self.steps else not engine.gradient_norm(optimizer).isfinite()
+        self.scalers.append(scaler_state(trainer))
+        if bad:
+            engine.veto_step(optimizer)
+            engine.veto_step(optimizer)  # two tricks may agree
+        assert engine.gradient_norm(optimizer) != 0  # what it was before the veto
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):
+        if trainer.global_step == len(self.applied) or trainer.fit_loop._should_accumulate():
+            return
+        now = float_weights(trainer)
+        self.applied.append(engine_of(trainer).was_step_applied())
+        self.moved.append(any(not torch.equal(now[name], self.before[name]) for name in now))
+        self.before = now
+
+
+def scaler_state(trainer) -> dict:
+    """Everything that the loss scaler remembers."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        return dict(scaler.state_dict())
+    optimizer = getattr(trainer.strategy.model, "optimizer", None)
+    return dict(vars(optimizer.loss_scaler)) if hasattr(optimizer, "loss_scaler") else {}
+
+
+def vetoed(run):
+    """A window that is NaN on one rank is dropped on all, as if its batches had not been: AdamW, no hang."""
+    module, guard = PoisonedRank(batches=12), Guard()
+    module.bad = 4  # the first batch of the third window
+    trainer = fit(run, module, Probe(), max_epochs=1, accumulate_grad_batches=2, callbacks=[guard])
+    assert guard.applied == guard.moved == [True, True, False, True, True, True]
+    assert trainer.global_step == 6
+    if run.is_reference:
+        for name, value in float_weights(trainer).items():
+            if name != "offset":
+                assert torch.allclose(value, left_out(2)[name], rtol=0, atol=1e-6), name
+    run.compare("vetoed-weights", float_weights(trainer), 2e-5)
+
+
+def left_out(window: int) -> dict[str, torch.Tensor]:
+    """The same training in plain torch, without one window."""
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    batches = list(loader(12))
+    for start in range(0, 12, 2):
+        if start == 2 * window:
+            continue
+        optimizer.zero_grad()
+        for inputs, targets in batches[start : start + 2]:
+            (nn.functional.cross_entropy(net(inputs), targets) / 2).backward()
+        optimizer.step()
+    return {name: value.detach() for name, value in net.named_parameters()}
+
+
+def vetoed_finite(run):
+    """A finite step can be dropped too."""
+    for precision in ("32-true", "bf16-mixed"):
+        guard = Guard(1, 2)
+        fit(run, Net(batches=4), Probe(), max_epochs=1, precision=precision, callbacks=[guard])
+        assert guard.applied == guard.moved == [True, False, False, True], precision
+
+
+def vetoed_unchecked(run):
+    """In bf16, ZeRO-1 and 2 can be told not to look for overflow; a veto drops the step all the same."""
+    from lightning_tricks.strategies import zero
+
+    strategy, guard = zero(stage=int(run.engine[-1])), Guard(1)
+    strategy.config["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    options = {"precision": "bf16-mixed", "strategy": strategy, "callbacks": [guard]}
+    trainer = fit(run, Net(batches=3), Probe(), max_epochs=1, **options)
+    assert guard.applied == guard.moved == [True, False, True]
+    assert not getattr(trainer.strategy.model.optimizer, "check_grad_overflow", False)
+
+
+def vetoed_scaled(run):
+    """Under fp16 a veto leaves the loss scaler as it was, and a good step counts on."""
+    guard = Guard(1, 2)
+    trainer = fit(run, Net(batches=4, optimizer="sgd"), Probe(), max_epochs=1, callbacks=[guard], **fp16_options(run))
+    assert guard.applied == guard.moved == [True, False, False, True]
+    first, second, third, fourth = guard.scalers
+    assert first != second == third == fourth != scaler_state(trainer)
+
+
+def scaler_skips(run):
+    """Gradients that are not finite under fp16: the scaler skips and backs off, vetoed or not; the engine says so."""
+    states = []
+    for guard in (Guard(), Guard(99)):
+        module = PoisonedRank(batches=3, optimizer="sgd")
+        module.bad = 1
+        fit(run, module, Probe(), max_epochs=1, callbacks=[guard], **fp16_options(run))
+        assert guard.applied == guard.moved == [True, False, True]
+        assert guard.scalers[2] != guard.scalers[1]
+        states.append(guard.scalers)
+    assert states[0] == states[1]
