@@ -1,7 +1,7 @@
 """What all engines share: ranks, the claim on clipping, one norm a step, weights to a file and back."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -107,6 +107,32 @@ class BaseEngine:
             self._norms[id(optimizer)] = (step, norm)
         return norm
 
+    def gradient_norms(self, optimizer: Optimizer, groups: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """The norm of each named group of parameters."""
+        _refuse_closures(optimizer)
+        members = self._members(groups)
+        if not members:
+            return {}
+        norms = self._group_norms(optimizer, members)
+        if self._is_vetoed(optimizer):
+            norms = torch.full_like(norms, torch.nan)
+        return dict(zip(groups, norms.unbind(), strict=True))
+
+    def _members(self, groups: Mapping[str, Sequence[str]]) -> list[list[Tensor]]:
+        """The parameters of each group, each once."""
+        named = self._named_parameters()
+        unknown = [name for names in groups.values() for name in names if name not in named]
+        if unknown:
+            raise MisconfigurationError(
+                f"`{unknown[0]}` is no parameter of {type(self._module).__name__}: take names from"
+                " `named_parameters()`, without the `_orig_mod.` of compiled modules."
+            )
+        return [list({id(named[name]): named[name] for name in names}.values()) for names in groups.values()]
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        parameters = self._module.named_parameters(remove_duplicate=False)
+        return {name.replace(_COMPILED, ""): parameter for name, parameter in parameters}
+
     def clip_gradient_norm(self, optimizer: Optimizer, limit: float | Tensor) -> None:
         """Scale this step's gradients by `min(1, limit / norm)`."""
         self._clip(optimizer, self.gradient_norm(optimizer), limit)
@@ -159,8 +185,8 @@ class BaseEngine:
         """The module's state dict as references to its own tensors, under plain names."""
         keys = [key.replace(_COMPILED, "") for key in self._state_keys()]
         own: dict[str, Tensor] = dict(self._module.named_buffers(remove_duplicate=False))
-        own.update(self._module.named_parameters(remove_duplicate=False))
         own = {name.replace(_COMPILED, ""): tensor for name, tensor in own.items()}
+        own.update(self._named_parameters())
         for key in keys:
             if key not in own:
                 raise UnsupportedError(
@@ -201,6 +227,9 @@ class BaseEngine:
     # -- what a subclass says ----------------------------------------------------------------------------------
 
     def _norm(self, optimizer: Optimizer) -> Tensor:
+        raise NotImplementedError
+
+    def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor:
         raise NotImplementedError
 
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:

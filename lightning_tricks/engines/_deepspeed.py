@@ -52,6 +52,9 @@ class DeepSpeedEngine(BaseEngine):
     def _norm(self, optimizer: Optimizer) -> Tensor:
         return self._step_gradients().norm()
 
+    def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor:
+        return self._step_gradients().group_norms(groups, self._device)
+
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         self._step_gradients().clip(float(limit) if bool(norm.isfinite()) else 0.0)
 

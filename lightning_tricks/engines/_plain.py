@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine
-from lightning_tricks.engines._gradients import global_norm, gradients_of, scale_to_norm
+from lightning_tricks.engines._gradients import global_norm, gradients_of, group_norms, scale_to_norm
 from lightning_tricks.engines._steps import watch_steps
 from lightning_tricks.errors import UnsupportedError
 
@@ -23,6 +23,12 @@ class PlainEngine(BaseEngine):
     def _norm(self, optimizer: Optimizer) -> Tensor:
         self._refuse_scaled_gradients(optimizer)
         return global_norm(gradients_of(optimizer), self._device)
+
+    def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor:
+        self._refuse_scaled_gradients(optimizer)
+        ours = {id(gradient) for gradient in gradients_of(optimizer)}
+        found = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
+        return group_norms([[gradient for gradient in group if id(gradient) in ours] for group in found], self._device)
 
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         scale_to_norm(gradients_of(optimizer), norm, limit)

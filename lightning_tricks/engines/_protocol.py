@@ -1,6 +1,6 @@
 """What a trick may ask of the engine that trains: the one seam between tricks and strategies."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -52,6 +52,21 @@ class Engine(Protocol):
 
         Live, inside `on_before_optimizer_step` of a real step. Collective. Computed once a step however many tricks
         ask; it waits for nothing. Not finite when a gradient is not.
+        """
+
+    def gradient_norms(self, optimizer: Optimizer, groups: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """The 2-norms of groups of this step's gradients, for logging: fp32, unscaled, the same on every rank.
+
+        A group is a list of parameter names, as `named_parameters()` gives them for the plain module. A parameter
+        without a gradient, or one that `optimizer` does not train, counts as zero. After a veto of this step, and
+        where a gradient is not finite, a norm is not a number or infinite.
+
+        Live, inside `on_before_optimizer_step` of a real step. Collective, with the same groups on every rank. Costs
+        one pass over this rank's gradients and one reduction of a number for each group; computed at every call.
+        On the torch engines a preceding `clip_gradient_norm` has scaled the gradients: ask before it.
+
+        Raises:
+            MisconfigurationError: if a name is no parameter of the module.
         """
 
     def clip_gradient_norm(self, optimizer: Optimizer, limit: float | Tensor) -> None:

@@ -1,10 +1,12 @@
 """What a ZeRO optimizer does with its gradients in the coming step: read before it, and steered within it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_tricks.engines._ranks import sum_over_ranks
 from lightning_tricks.errors import UnsupportedError
 
 __all__ = ["PRIVATE", "StepGradients"]
@@ -63,6 +65,30 @@ class StepGradients:
         scaled = torch.as_tensor(result).float().reshape(())
         return torch.where(scaled < 0, torch.nan, scaled) / float(self._optimizer.loss_scale)
 
+    def group_norms(self, groups: list[list[Tensor]], device: torch.device) -> Tensor:
+        """The unscaled norm of each group of parameters, in one reduction."""
+        parts = self._local_norms()
+        found = [[parts[id(parameter)] for parameter in group if id(parameter) in parts] for group in groups]
+        none = torch.zeros((), dtype=torch.float64, device=device)
+        squares = [torch.stack(group).double().square().sum().to(device) if group else none for group in found]
+        return (sum_over_ranks(torch.stack(squares), device).sqrt() / float(self._optimizer.loss_scale)).float()
+
+    def _local_norms(self) -> dict[int, Tensor]:
+        """id(parameter) -> the scaled norm of the part of its gradient that this rank holds."""
+        optimizer = self._optimizer
+        held = optimizer.fp16_groups if self._stage == 3 else optimizer.params_in_partition
+        if optimizer.offload_optimizer if self._stage == 3 else optimizer.cpu_offload:
+            known = optimizer.norm_for_param_grads
+            keys = {id(parameter): optimizer.get_param_id(parameter) for group in held for parameter in group}
+            return {own: torch.as_tensor(known[key]).float() for own, key in keys.items() if key in known}
+        pairs = [
+            pair for index, group in enumerate(held) for pair in _paired(group, optimizer.averaged_gradients[index])
+        ]
+        if not pairs:
+            return {}
+        norms = torch._foreach_norm([gradient for _, gradient in pairs], 2, dtype=torch.float32)
+        return {id(parameter): norm for (parameter, _), norm in zip(pairs, norms, strict=True)}
+
     def clip(self, limit: float) -> None:
         """Let the coming step clip at `limit`, and only that one."""
         self._limit = (self.engine.global_steps, limit)
@@ -95,6 +121,12 @@ class StepGradients:
         for name, value in self._restore.items():
             setattr(self._optimizer, name, value)
         self._restore = None
+
+
+def _paired(parameters: list[Any], gradients: list[Any]) -> Iterator[tuple[Any, Tensor]]:
+    """Parameters with their gradients; DeepSpeed puts zeros between them, which it marks, and after them."""
+    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+    return zip(parameters, real, strict=False)
 
 
 def _private(optimizer: Any, name: str) -> Any:

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import lightning_tricks  # noqa: F401  (registers the flags)
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import engine_of, ranks, read_checkpoint, whole
-from lightning_tricks.errors import CheckpointError
+from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.storage import WeightsFile
 
 BATCH = 8  # samples of a global batch
@@ -673,3 +673,86 @@ def scaler_skips(run):
         assert guard.scalers[2] != guard.scalers[1]
         states.append(guard.scalers)
     assert states[0] == states[1]
+
+
+# -- norms of groups -----------------------------------------------------------------------------------------------
+
+
+def groups_of(module: nn.Module) -> dict[str, list[str]]:
+    """By top-level module, which is a partition; then a mixed bag, a repeated one and an empty one."""
+    groups: dict[str, list[str]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(name.partition(".")[0], []).append(name)
+    return groups | {"mixed": ["enter.weight", "head.bias"], "twice": ["head.bias"] * 2, "empty": []}
+
+
+class GroupNorms(Probe):
+    """Records the norms of groups, and holds them against the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[torch.Tensor] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        groups = groups_of(pl_module)
+        norms = engine_of(trainer).gradient_norms(optimizer, groups)
+        assert list(norms) == list(groups)
+        assert all(norm.dtype == torch.float32 and norm.shape == () for norm in norms.values())
+        whole_norm = torch.stack([norms[name] for name in ("enter", "blocks", "head") if name in norms]).norm()
+        assert abs(float(whole_norm) / self.norms[-1] - 1) < (2e-3 if optimizer_is_low(trainer) else 1e-5)
+        assert norms["empty"] == 0
+        self.groups.append(torch.stack(list(norms.values())))
+
+
+def optimizer_is_low(trainer) -> bool:
+    return "16" in str(trainer.precision)
+
+
+def group_norms(run):
+    """The norms of named groups of one device, after accumulation."""
+    probe = GroupNorms()
+    fit(run, Net(batches=6), probe, max_epochs=1, accumulate_grad_batches=2)
+    assert len(probe.groups) == 3
+    run.compare("group-norms", {"norms": torch.stack(probe.groups)}, 1e-5)
+
+
+def group_norms_frozen(run):
+    """Frozen parameters and those without a gradient count as zero; a name that is none is told."""
+    probe = GroupNorms()
+    trainer = fit(run, Adapted(batches=2), probe, max_epochs=1)
+    run.compare("group-norms-frozen", {"norms": torch.stack(probe.groups)}, 1e-5)
+    with pytest.raises(MisconfigurationError, match=r"`head.wight` is no parameter of \w*Adapted"):
+        engine_of(trainer).gradient_norms(trainer.optimizers[0], {"head": ["head.wight"]})
+
+
+def group_norms_low(run):
+    """In bf16 and, unscaled, in fp16."""
+    for options in ({"precision": "bf16-mixed"}, fp16_options(run)):
+        probe = GroupNorms()
+        fit(run, Net(batches=2, optimizer="sgd"), probe, max_epochs=1, **options)
+        run.compare(f"group-norms-{run_name(options)}", {"norms": torch.stack(probe.groups)}, 5e-2)
+
+
+def run_name(options: dict) -> str:
+    return "bf16" if options.get("precision") == "bf16-mixed" else "fp16"
+
+
+def group_norms_bad(run):
+    """NaN on one rank, and a vetoed step: not finite on any rank."""
+    seen = {}
+
+    class Asks(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            engine = engine_of(trainer)
+            if trainer.global_step == 2:
+                engine.veto_step(optimizer)
+            seen[trainer.global_step] = engine.gradient_norms(optimizer, {"head": ["head.weight"]})["head"]
+            if trainer.global_step == 1:
+                engine.veto_step(optimizer)
+
+    module = PoisonedRank(batches=3)
+    module.bad = 1
+    fit(run, module, Probe(), max_epochs=1, callbacks=[Asks()])
+    assert [bool(seen[step].isfinite()) for step in range(3)] == [True, False, False]
