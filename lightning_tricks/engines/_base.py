@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_tricks.engines._ranks import sum_over_ranks
+from lightning_tricks.engines._shards import Shard, misfit
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, UnsupportedError
 from lightning_tricks.storage import WeightsFile, write_weights
 
@@ -175,11 +176,39 @@ class BaseEngine:
         """Put the weights of a file written by `save_weights` back."""
         file, entries = WeightsFile(path), self._entries()
         self._refuse_mismatch(file, entries)
+        self._before_writing()
         with torch.no_grad():
             for entry in entries:
                 self._write(entry, file)
             self._publish()
         self.barrier()
+
+    def named_shards(self) -> Iterator[Shard]:
+        """This rank's parts of the trained parameters' masters."""
+        for entry in self._trained():
+            part = self._part(entry)
+            if part is not None and part[0].numel():
+                yield Shard(entry.name, part[0], part[1], self._layout(entry.tensor)[1])
+
+    def put_shards(self, values: Mapping[str, Tensor]) -> None:
+        """Write this rank's parts back, and let the model compute with them."""
+        problem = misfit(self.named_shards(), values)
+        if self.sum_over_ranks(torch.tensor(float(problem is not None))) > 0:
+            raise MisconfigurationError(
+                f"The shards to put do not fit: {problem or 'those of another rank'}. Put what `named_shards()` gives"
+                " on this very rank, under the same names."
+            )
+        self._before_writing()
+        with torch.no_grad():
+            for entry in self._trained():
+                if entry.name in values:
+                    self._put(entry, values[entry.name].detach())
+            self._publish()
+
+    def _trained(self) -> list[Entry]:
+        """The parameters in training, each once, under plain names."""
+        named = [(name.replace(_COMPILED, ""), parameter) for name, parameter in self._module.named_parameters()]
+        return [Entry(name, parameter) for name, parameter in named if parameter.requires_grad]
 
     def _entries(self) -> list[Entry]:
         """The module's state dict as references to its own tensors, under plain names."""
@@ -251,6 +280,16 @@ class BaseEngine:
 
     def _write(self, entry: Entry, file: WeightsFile) -> None:
         entry.tensor.copy_(file.tensor(entry.name))
+
+    def _part(self, entry: Entry) -> tuple[Tensor, int] | None:
+        """This rank's stretch of the flattened master and where it begins; None if it holds nothing of it."""
+        return entry.tensor.detach().reshape(-1), 0
+
+    def _put(self, entry: Entry, values: Tensor) -> None:
+        entry.tensor.copy_(values.reshape(entry.tensor.shape))
+
+    def _before_writing(self) -> None:
+        """Drop whole copies that would stay as they were."""
 
     def _publish(self) -> None:
         """Bring low-precision and gathered copies up to date after `_write`."""

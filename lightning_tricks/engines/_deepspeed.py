@@ -85,11 +85,13 @@ class DeepSpeedEngine(BaseEngine):
     def _whole(self, tensor: Tensor) -> Tensor:
         return full_value(tensor)
 
-    def load_weights(self, path: Any) -> None:
-        """Put the weights of a file written by `save_weights` back."""
-        if self._stage == 3 and hasattr(self._live.optimizer, "_partition_all_parameters"):
-            self._live.optimizer._partition_all_parameters()  # drop whole copies, which would stay as they were
-        super().load_weights(path)
+    def _before_writing(self) -> None:
+        """ZeRO-3: drop the whole copies, which would stay as they were; an evaluation's engine names it otherwise."""
+        optimizer = self._live.optimizer
+        for name in ("_partition_all_parameters", "partition_all_parameters"):
+            if self._stage == 3 and hasattr(optimizer, name):
+                getattr(optimizer, name)()
+                break
 
     def _write(self, entry: Entry, file: WeightsFile) -> None:
         tensor: Any = entry.tensor
@@ -100,16 +102,37 @@ class DeepSpeedEngine(BaseEngine):
         else:
             tensor.copy_(file.tensor(entry.name))
 
+    def _part(self, entry: Entry) -> tuple[Tensor, int] | None:
+        tensor: Any = entry.tensor
+        if hasattr(tensor, "ds_id"):
+            start, stop = _partition_place(tensor)
+            return _local_partition(tensor).detach()[: stop - start], start
+        if hasattr(tensor, "_hp_mapping"):
+            mapping = tensor._hp_mapping
+            return None if mapping is None else (mapping.hp_fragment.detach(), mapping.lp_fragment_address.start)
+        return super()._part(entry)
+
+    def _put(self, entry: Entry, values: Tensor) -> None:
+        tensor: Any = entry.tensor
+        if hasattr(tensor, "ds_id"):
+            _put_partition(tensor, values)
+        elif hasattr(tensor, "_hp_mapping"):
+            tensor._hp_mapping.hp_fragment.copy_(values)
+        else:
+            super()._put(entry, values)
+
     def _publish(self) -> None:
         optimizer = self._live.optimizer
         if self._stage < 3 and hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
         elif hasattr(optimizer, "persistent_parameters"):
-            for group in range(len(optimizer.fp16_groups)):
+            training = hasattr(optimizer, "fp16_groups")
+            for group in range(len(optimizer.fp16_groups) if training else 0):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-            optimizer.invalidate_secondary_tensor()
+            if training:
+                optimizer.invalidate_secondary_tensor()
 
 
 def full_value(parameter: Any) -> Tensor:
@@ -141,19 +164,44 @@ def _write_fragment(parameter: Any, name: str, file: WeightsFile) -> None:
 
 
 def _write_partition(parameter: Any, name: str, file: WeightsFile) -> None:
-    """ZeRO-3: this rank's equal part of the flattened parameter, the last one padded with zeros."""
-    size = parameter.ds_tensor.numel()
-    start = torch.distributed.get_rank(parameter.ds_process_group) * size
-    stop = min(start + size, math.prod(parameter.ds_shape))
-    values = torch.zeros(size)
-    if start < stop:
-        values[: stop - start] = file.elements(name, start, stop)
+    start, stop = _partition_place(parameter)
+    _put_partition(parameter, file.elements(name, start, stop) if start < stop else torch.empty(0))
+
+
+def _partition_place(parameter: Any) -> tuple[int, int]:
+    """ZeRO-3: where this rank's equal part of the flattened parameter begins and ends."""
+    size, numel = parameter.ds_tensor.numel(), math.prod(parameter.ds_shape)
+    start = min(torch.distributed.get_rank(parameter.ds_process_group) * size, numel)
+    return start, min(start + size, numel)
+
+
+def _local_partition(parameter: Any) -> Tensor:
+    if not _has_master(parameter):
+        plain: Tensor = parameter.ds_tensor
+        return plain
+    if parameter._z3_optimizer.swap_optimizer:
+        raise UnsupportedError(
+            "Reading a rank's part of the weights",
+            "zero_3 with its optimizer on NVMe",
+            "the masters are swapped out",
+            "offload the optimizer to the CPU",
+        )
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    master: Tensor = safe_get_local_fp32_param(parameter)
+    return master
+
+
+def _put_partition(parameter: Any, values: Tensor) -> None:
+    """ZeRO-3: into this rank's part, the end of the last one padded with zeros."""
+    padded = torch.zeros(parameter.ds_tensor.numel(), device=values.device)
+    padded[: values.numel()] = values
     if _has_master(parameter):
         from deepspeed.utils import safe_set_local_fp32_param
 
-        safe_set_local_fp32_param(parameter, values)
+        safe_set_local_fp32_param(parameter, padded)
     else:
-        parameter.ds_tensor.copy_(values)
+        parameter.ds_tensor.copy_(padded)
 
 
 def _config(trainer: Trainer) -> dict[str, Any]:

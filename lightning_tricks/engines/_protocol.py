@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tricks.engines._shards import Shard
+
 __all__ = ["Engine"]
 
 T = TypeVar("T")
@@ -118,6 +120,32 @@ class Engine(Protocol):
 
         Raises:
             CheckpointError: if a name is missing or too many, or a shape differs; the first one is named.
+        """
+
+    def named_shards(self) -> Iterator[Shard]:
+        """This rank's parts of the trained parameters' master weights, each with its place in the flattened whole.
+
+        Masters are fp32 wherever the engine has them so; under bf16-true the torch engines train bf16 itself. Under
+        one device and DDP a rank holds every parameter whole; elsewhere the ranks' parts make up the whole without
+        overlap, and a parameter of which this rank holds nothing is left out. Tied parameters come once.
+
+        Live, between steps. Communicates nothing. Memory: nothing, or one part where the optimizer is offloaded.
+        """
+
+    def put_shards(self, values: Mapping[str, Tensor]) -> None:
+        """Write the master weights of this rank's parts, and let the model compute with them. Bit-exact.
+
+        Swapping weights in and out: `raw = {s.name: s.values.clone() for s in engine.named_shards()}`, then
+        `put_shards(averaged)`, and later `put_shards(raw)`. Moments stay as they are.
+
+        Live, between steps. Collective. Costs a copy, and under ZeRO what a step does to hand out new weights: one
+        gathering of the low-precision copies.
+
+        Args:
+            values: for each name that `named_shards()` gives on this rank, as many elements, of any shape and device.
+
+        Raises:
+            MisconfigurationError: on every rank, if on some rank a name is missing or unknown, or a size differs.
         """
 
     # -- ranks: live -------------------------------------------------------------------------------------------

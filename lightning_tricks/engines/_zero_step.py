@@ -14,6 +14,7 @@ __all__ = ["PRIVATE", "StepGradients"]
 PRIVATE = {
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         "_update_scale",
+        "get_param_id",
         "scaled_global_norm",
         "update_lp_params",
     ),
@@ -22,8 +23,10 @@ PRIVATE = {
         "_partition_all_parameters",
         "_reassign_or_swap_out_partitioned_parameters",
         "_update_scale",
+        "get_param_id",
         "invalidate_secondary_tensor",
     ),
+    "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": ("partition_all_parameters",),
 }
 
 

@@ -19,6 +19,7 @@ from lightning_tricks.storage import WeightsFile
 BATCH = 8  # samples of a global batch
 ONLY = {
     "lightnings_own_strategy": ("ddp", "fsdp2"),  # one device has a single one; DeepSpeedStrategy refuses CPUs
+    "offloaded": ("zero_1", "zero_2", "zero_3"),
     "vetoed_unchecked": ("zero_1", "zero_2", "zero_3"),
     "engines_keep_no_model_alive": ("one_device", "ddp", "fsdp2"),  # DeepSpeed's gradient hooks keep its engines
 }
@@ -756,3 +757,158 @@ def group_norms_bad(run):
     module.bad = 1
     fit(run, module, Probe(), max_epochs=1, callbacks=[Asks()])
     assert [bool(seen[step].isfinite()) for step in range(3)] == [True, False, False]
+
+
+# -- shards --------------------------------------------------------------------------------------------------------
+
+
+class Scored(Net):
+    """Keeps the loss of each validation, computed as the strategy computes."""
+
+    def validation_step(self, batch, index):
+        self.log("val", nn.functional.cross_entropy(self(batch[0]).float(), batch[1]), sync_dist=True)
+
+    def val_dataloader(self):
+        return loader(2)
+
+
+class Swap(L.Callback):
+    """Validates on the weights of the first step, and puts the raw ones back."""
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+        self.first: dict[str, torch.Tensor] = {}
+        self.full: dict[str, torch.Tensor] = {}
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):
+        if trainer.global_step == 1:
+            self.first = shards_of(trainer)
+            self.full = weights_of(trainer)
+            assert_tiled(trainer, self.first, self.full)
+
+    def on_validation_start(self, trainer, pl_module):
+        if self.active:
+            self.raw, self.raw_full = shards_of(trainer), weights_of(trainer)
+            engine_of(trainer).put_shards(self.first)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.losses.append(float(trainer.callback_metrics["val"]))
+        if self.active:
+            same(trained(trainer), self.full)
+            engine_of(trainer).put_shards(self.raw)
+            same(shards_of(trainer), self.raw)
+            same(trained(trainer), self.raw_full)
+
+
+def shards_of(trainer) -> dict[str, torch.Tensor]:
+    return {shard.name: shard.values.clone() for shard in engine_of(trainer).named_shards()}
+
+
+def trained(trainer) -> dict[str, torch.Tensor]:
+    names = {name for name, parameter in trainer.lightning_module.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in weights_of(trainer).items() if name in names}
+
+
+def same(values: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def assert_tiled(trainer, copies: dict[str, torch.Tensor], full: dict[str, torch.Tensor]) -> None:
+    """The ranks' shards together are the whole weights, each element once, or once a rank where ranks are replicas."""
+    engine = engine_of(trainer)
+    shards = {shard.name: shard for shard in engine.named_shards()}
+    assert shards.keys() == copies.keys() <= full.keys()
+    for name in trained(trainer):
+        total, count = torch.zeros(full[name].numel()), torch.zeros(full[name].numel())
+        if name in shards:
+            shard = shards[name]
+            assert shard.shape == full[name].shape
+            assert shard.values.dtype == torch.float32
+            total[shard.start : shard.stop] = copies[name]
+            count[shard.start : shard.stop] = 1
+        total, count = engine.sum_over_ranks(total), engine.sum_over_ranks(count)
+        copies_of_each = engine.world_size if engine.name in ("one_device", "ddp") else 1
+        assert (count == copies_of_each).all(), name
+        assert torch.equal(total / copies_of_each, full[name].flatten()), name
+
+
+def shards_swapped(run):
+    """Other weights for a validation, then the raw ones: scores are theirs, training goes on bit for bit."""
+    for precision, tolerance in (("32-true", 1e-5), ("bf16-mixed", 5e-3)):
+        swapped, plain = Swap(), Swap(active=False)
+        options = {"max_epochs": 2, "precision": precision}
+        first = fit(run, Scored(batches=4), Probe(), callbacks=[swapped], **options)
+        second = fit(run, Scored(batches=4), Probe(), callbacks=[plain], **options)
+        same(float_weights(first), float_weights(second))
+        net = Scored()
+        net.load_state_dict(swapped.full)
+        inputs, targets = loader(2).dataset.tensors
+        expected = float(nn.functional.cross_entropy(net(inputs), targets))
+        assert len(swapped.losses) == 2
+        assert all(abs(loss / expected - 1) < tolerance for loss in swapped.losses), (
+            precision,
+            swapped.losses,
+            expected,
+        )
+        assert all(abs(loss / expected - 1) > tolerance for loss in plain.losses), (precision, plain.losses, expected)
+
+
+def shards_frozen(run):
+    """Frozen parameters have no shards, and stay."""
+    module = Adapted(batches=2)
+    trainer = fit(run, module, Probe(), max_epochs=1)
+    shards = shards_of(trainer)
+    assert not any(name.startswith(("enter", "blocks.0")) for name in shards)
+    engine_of(trainer).put_shards({name: torch.full_like(value, 2.0) for name, value in shards.items()})
+    assert all((value == 2.0).all() for value in trained(trainer).values())
+    assert torch.equal(whole(module.enter.weight), Net().enter.weight)
+
+
+def shards_misfit(run):
+    """Values that do not fit on one rank are refused on every rank, and nothing is written."""
+    trainer = fit(run, Net(batches=1), Probe(), max_epochs=1)
+    before = weights_of(trainer)
+    for spoil in (lambda values: values.popitem(), lambda values: values.update(stranger=torch.zeros(1))):
+        values = {name: torch.zeros_like(value) for name, value in shards_of(trainer).items()}
+        if run.rank == run.world - 1:
+            spoil(values)
+        with pytest.raises(MisconfigurationError, match=r"do not fit: (those of another rank|`.*` is )"):
+            engine_of(trainer).put_shards(values)
+    same(weights_of(trainer), before)
+
+
+def shards_after_test(run):
+    """After an evaluation there are no masters: the shards are of the weights that the evaluation used."""
+    module = Net(batches=2)
+    trainer = fit(run, module, Probe(), max_epochs=1)
+    kept = trained(trainer)
+    score = trainer.test(module, verbose=False)[0]["test/loss"]
+    shards = shards_of(trainer)
+    engine_of(trainer).put_shards({name: torch.zeros_like(value) for name, value in shards.items()})
+    assert not any(value.any() for value in trained(trainer).values())
+    engine_of(trainer).put_shards(shards)
+    same(trained(trainer), kept)
+    path = run.path("after-test.safetensors")
+    engine_of(trainer).save_weights(path)
+    engine_of(trainer).put_shards({name: torch.zeros_like(value) for name, value in shards.items()})
+    engine_of(trainer).load_weights(path)
+    same(trained(trainer), kept)
+    assert trainer.test(module, verbose=False)[0]["test/loss"] == score
+
+
+def offloaded(run):
+    """With the optimizer on the CPU: norms of groups, a veto and a swap all the same."""
+    from lightning_tricks.strategies import zero
+
+    norms, swap = GroupNorms(), Swap()
+    for callbacks, batches in (([norms], 2), ([swap], 4), ([guard := Guard(1)], 3)):
+        strategy = zero(stage=int(run.engine[-1]))
+        strategy.config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        trainer = fit(run, Scored(batches=batches), Probe(), max_epochs=1, strategy=strategy, callbacks=callbacks)
+        optimizer = trainer.strategy.model.optimizer
+        assert optimizer.offload_optimizer if run.engine == "zero_3" else optimizer.cpu_offload
+    assert len(norms.groups) == 2
+    assert len(swap.losses) == 1
+    assert guard.applied == guard.moved == [True, False, True]
