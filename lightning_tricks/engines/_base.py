@@ -10,9 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
 from lightning_tricks.engines._shards import Shard, misfit
-from lightning_tricks.errors import CheckpointError, MisconfigurationError, UnsupportedError
+from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.storage import WeightsFile, write_weights
 
 __all__ = ["BaseEngine", "Entry"]
@@ -218,12 +219,7 @@ class BaseEngine:
         own.update(self._named_parameters())
         for key in keys:
             if key not in own:
-                raise UnsupportedError(
-                    "Saving weights",
-                    self.name,
-                    f"the module's state dict holds `{key}`, which is neither a parameter nor a buffer",
-                    "register it with `register_buffer`",
-                )
+                raise refusal("state", engine=self.name, name=key)
         return [Entry(key, own[key]) for key in keys]
 
     def _state_keys(self) -> list[str]:
@@ -297,9 +293,7 @@ class BaseEngine:
 
 def _refuse_closures(optimizer: Optimizer) -> None:
     if isinstance(optimizer, LBFGS):
-        raise UnsupportedError(
-            "The gradient norm", "LBFGS", "one step evaluates several gradients", "use a first-order optimizer"
-        )
+        raise refusal("closure")
 
 
 def _describe(shape: Any) -> str:

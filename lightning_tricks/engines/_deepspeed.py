@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine, Entry
+from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._zero_step import PRIVATE, StepGradients
 from lightning_tricks.errors import MisconfigurationError, UnsupportedError
 from lightning_tricks.storage import WeightsFile
@@ -180,12 +181,7 @@ def _local_partition(parameter: Any) -> Tensor:
         plain: Tensor = parameter.ds_tensor
         return plain
     if parameter._z3_optimizer.swap_optimizer:
-        raise UnsupportedError(
-            "Reading a rank's part of the weights",
-            "zero_3 with its optimizer on NVMe",
-            "the masters are swapped out",
-            "offload the optimizer to the CPU",
-        )
+        raise refusal("nvme")
     from deepspeed.utils import safe_get_local_fp32_param
 
     master: Tensor = safe_get_local_fp32_param(parameter)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_tricks.engines._base import Entry
+from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._plain import PlainEngine
-from lightning_tricks.errors import UnsupportedError
 from lightning_tricks.storage import WeightsFile
 
 __all__ = ["FSDP2Engine"]
@@ -57,12 +57,7 @@ class FSDP2Engine(PlainEngine):
         whole = tuple(tensor.shape)
         strided = any("Strided" in type(placement).__name__ for placement in tensor.placements)
         if 0 not in shape and (strided or shape[1:] != whole[1:]):
-            raise UnsupportedError(
-                "Reading a rank's part of the weights",
-                "fsdp2 with tensor parallelism",
-                f"`{entry.name}` is not cut along its first dimension alone",
-                "use `named_full_weights()`, or shard with FSDP2 alone",
-            )
+            raise refusal("tensor_parallel", name=entry.name)
         return tensor.detach().to_local().reshape(-1), offset[0] * math.prod(whole[1:]) if shape else 0
 
     def _put(self, entry: Entry, values: Tensor) -> None:

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine
+from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._gradients import global_norm, gradients_of, group_norms, scale_to_norm
 from lightning_tricks.engines._steps import watch_steps
-from lightning_tricks.errors import UnsupportedError
 
 __all__ = ["PlainEngine"]
 
@@ -59,9 +59,4 @@ class PlainEngine(BaseEngine):
         """Lightning unscales fp16 gradients before `on_before_optimizer_step`, but not those of fused optimizers."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise UnsupportedError(
-                "The gradient norm",
-                f"{self.name} with precision '16-mixed'",
-                f"a fused {type(optimizer).__name__} unscales its gradients inside its step",
-                "pass `fused=False` to the optimizer, or use `precision='bf16-mixed'`",
-            )
+            raise refusal("fused_scaler", engine=self.name, optimizer=type(optimizer).__name__)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
-from lightning_tricks.errors import UnsupportedError
 
 __all__ = ["PRIVATE", "StepGradients"]
 
@@ -136,20 +136,10 @@ def _private(optimizer: Any, name: str) -> Any:
     if not hasattr(optimizer, name):
         import deepspeed
 
-        raise UnsupportedError(
-            "The gradient norm",
-            f"DeepSpeed {deepspeed.__version__}",
-            f"its {type(optimizer).__name__} has no `{name}`",
-            "install the DeepSpeed of constraints.txt, or set no `data_types` in its configuration",
-        )
+        raise refusal("private", version=deepspeed.__version__, optimizer=type(optimizer).__name__, name=name)
     return getattr(optimizer, name)
 
 
 def _refuse_steps_without_a_norm(optimizer: Any) -> None:
     if not getattr(optimizer, "compute_grad_norm", True):
-        raise UnsupportedError(
-            "The gradient norm",
-            "ZeRO with `compute_grad_norm: false`",
-            "its step asks for no norm, so nothing can be clipped or dropped there",
-            "leave `compute_grad_norm` out of the DeepSpeed configuration",
-        )
+        raise refusal("no_norm")

@@ -13,12 +13,13 @@ from torch.utils.data import TensorDataset
 import lightning_tricks  # noqa: F401  (registers the flags)
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import engine_of, ranks, read_checkpoint, whole
-from lightning_tricks.errors import CheckpointError, MisconfigurationError
+from lightning_tricks.errors import CheckpointError, MisconfigurationError, UnsupportedError
 from lightning_tricks.storage import WeightsFile
 
 BATCH = 8  # samples of a global batch
 ONLY = {
     "lightnings_own_strategy": ("ddp", "fsdp2"),  # one device has a single one; DeepSpeedStrategy refuses CPUs
+    "shards_cut_otherwise": ("fsdp2",),
     "offloaded": ("zero_1", "zero_2", "zero_3"),
     "vetoed_unchecked": ("zero_1", "zero_2", "zero_3"),
     "engines_keep_no_model_alive": ("one_device", "ddp", "fsdp2"),  # DeepSpeed's gradient hooks keep its engines
@@ -896,6 +897,30 @@ def shards_after_test(run):
     engine_of(trainer).load_weights(path)
     same(trained(trainer), kept)
     assert trainer.test(module, verbose=False)[0]["test/loss"] == score
+
+
+def shards_cut_otherwise(run):
+    """A parameter cut along another dimension has no place in the flattened whole: refused by name."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=run.world, tensor_parallel_size=1)
+    trainer = fit(run, CutAcross(batches=1), Probe(), max_epochs=1, strategy=strategy)
+    with pytest.raises(
+        UnsupportedError, match=r"`enter.weight` is not cut along its first .* `named_full_weights\(\)`"
+    ):
+        shards_of(trainer)
+    assert weights_of(trainer)["enter.weight"].shape == (11, 6)
+
+
+class CutAcross(Net):
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard
+
+        mesh = self.device_mesh["data_parallel"]
+        fully_shard(self.enter, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+        for module in (*self.blocks, self.head):
+            fully_shard(module, mesh=mesh)
 
 
 def offloaded(run):
