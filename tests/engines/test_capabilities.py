@@ -62,7 +62,7 @@ def test_refusal_becomes_the_error():
 
 def test_engines_raise_every_refusal_of_the_table_and_no_other():
     folder = Path(inspect.getfile(engines)).parent
-    files = ["_base.py", "_plain.py", "_fsdp2.py", "_deepspeed.py", "_zero_step.py"]
+    files = ["_base.py", "_weights.py", "_plain.py", "_fsdp2.py", "_deepspeed.py", "_zero_step.py"]
     code = "".join((folder / name).read_text() for name in files)
     assert set(re.findall(r'refusal\("(\w+)"', code)) == set(REFUSALS)
     assert re.findall(r"raise UnsupportedError\(\s*([^,]+),", code) == [
