@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
 from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
+from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
 
 __all__ = ["ZeroStrategy"]
@@ -205,19 +206,24 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         save_folder(self, path, lambda partial: write(checkpoint, partial, storage_options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint folder. The clipping threshold stays the one configured now."""
+        """Read a checkpoint folder, of any number of ranks. The clipping threshold stays the one configured now."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_file():
             raise CheckpointError(
                 f"{path} is a single file: ZeRO reads the folders that it wrote. Evaluate it on one device or with"
                 " strategy='ddp', or load it with `load_from_checkpoint` before the Trainer takes the module."
             )
-        self._refuse_other_ranks(path)
+        other_ranks = self._was_saved_by_others(path)
+        if other_ranks:
+            convert_for_other_ranks(self, path)
         optimizer = self.deepspeed_engine.optimizer
         if self.zero_stage_3 and not hasattr(optimizer, "_restore_from_bit16_weights"):
             optimizer._restore_from_bit16_weights = lambda: None  # ZeRO-3 without training: there are no masters
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        universal = loads_universal(self.deepspeed_engine) if other_ranks else contextlib.nullcontext()
+        with universal, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = super().load_checkpoint(path, weights_only)
+        if other_ranks:
+            restore_the_rest(self._required_module, path)
         if hasattr(optimizer, "clip_grad"):
             optimizer.clip_grad = self.deepspeed_engine.gradient_clipping()
         return state
@@ -228,14 +234,10 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         return bool(frozen) and frozen.isdisjoint(module.state_dict())
 
-    def _refuse_other_ranks(self, path: Path) -> None:
+    def _was_saved_by_others(self, path: Path) -> bool:
+        """Whether this run resumes from a checkpoint of another number of ranks."""
         saved = len(list(path.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
-        fitting = self._required_module.trainer.state.fn == "fit"
-        if fitting and saved and saved != self.world_size:
-            raise CheckpointError(
-                f"{path} was saved by {saved} processes and this run has {self.world_size}: ZeRO resumes on the same"
-                f" number. Use `devices={saved}`, or start from its weights with `read_checkpoint`."
-            )
+        return self._required_module.trainer.state.fn == "fit" and saved not in (0, self.world_size)
 
 
 def _refuse_options(stage: Any, bucket_size: Any) -> None:
