@@ -1,5 +1,8 @@
 """`consolidate` and `inspect`."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -47,3 +50,18 @@ def test_what_cannot_be_read_or_written(checkpoint, tmp_path, refused):
     assert "cannot be written" in refused("consolidate", f"{checkpoint}", f"{checkpoint}/one.safetensors")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
     assert "truncated" in refused("inspect", f"{checkpoint}")
+
+
+def test_a_full_disk_leaves_the_old_file(checkpoint, tmp_path, refused, monkeypatch):
+    out = tmp_path / "one.safetensors"
+    main(["consolidate", f"{checkpoint}", f"{out}"])
+    before = out.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_tricks.storage.weights_file.os.fsync", full)
+        assert "cannot be written: No space left on device" in refused("consolidate", f"{checkpoint}", f"{out}")
+    assert out.read_bytes() == before
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["last.ckpt", "one.safetensors"]
