@@ -17,6 +17,8 @@ COMMANDS = {
     "test": ("training", "test", "Evaluate on the test split."),
     "predict": ("prediction", "predict", "Labels and probabilities: `--checkpoint PATH --text '...'`."),
     "demo": ("demo", "demo", "Fine-tune a real transformer four ways; a table and a plot."),
+    "consolidate": ("consolidate", "consolidate_checkpoint", "Any checkpoint as one safetensors file: `CKPT OUT`."),
+    "inspect": ("inspection", "inspect", "What a checkpoint holds, without running anything in it."),
     "list": ("listing", "list_tricks", "The tricks and the strategy flags, one line each."),
     "show": ("listing", "show", "One of them in full: `show NAME`, ready to stack or to copy."),
 }

@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lightning_tricks.storage._atomic import finish_publishing
+
 __all__ = ["is_complete", "newest_checkpoint", "resume_from"]
 
 CHOSEN = "LIGHTNING_TRICKS_RESUME"  # how the first process tells the ones that it starts
@@ -34,7 +36,8 @@ def resume_from(folders: Iterable[Path]) -> Path | None:
 def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
     """The newest complete checkpoint of a training run below some folders.
 
-    Weights without the optimizer's state (an ensemble, a best model) and what was cut off are passed over.
+    Weights without the optimizer's state (an ensemble, a best model) and what was cut off are passed over. A folder
+    that was complete when its run was killed, and had not taken its name yet, takes it now.
 
     Args:
         folders: searched with all that lies below; those that are not there hold nothing.
@@ -68,6 +71,9 @@ def is_complete(path: Path) -> bool:
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
+        for path in finish_publishing(Path(parent)):
+            _log.warning("`%s` was complete when its run was killed: it has its name now.", path)
+            folders[:] = [*(name for name in folders if name != path.name), path.name]
         yield from (Path(parent, name) for name in (*folders, *files) if name.endswith(".ckpt"))
         folders[:] = [name for name in folders if not name.endswith(".ckpt")]
 

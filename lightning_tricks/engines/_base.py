@@ -1,37 +1,26 @@
-"""What all engines share: ranks, the claim on clipping, one norm a step, weights to a file and back."""
+"""What all engines share about gradients: the claim on clipping, one norm a step, a veto once a step."""
 
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_tricks.engines._ranks import sum_over_ranks
-from lightning_tricks.errors import CheckpointError, MisconfigurationError, UnsupportedError
-from lightning_tricks.storage import WeightsFile, write_weights
+from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._weights import Entry, WeightsEngine
+from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["BaseEngine", "Entry"]
 
-T = TypeVar("T")
-_COMPILED = "_orig_mod."
 
-
-class Entry(NamedTuple):
-    """One entry of a checkpoint: its plain name, and the module's own parameter or buffer."""
-
-    name: str
-    tensor: Tensor
-
-
-class BaseEngine:
+class BaseEngine(WeightsEngine):
     """The parts of the `Engine` protocol that do not depend on how parameters are laid out.
 
-    A subclass says how the norm is found (`_norm`), how gradients are scaled (`_clip`), and how one tensor is read
-    whole (`_layout`, `_whole`) and written (`_write`, `_publish`).
+    A subclass says how the norms are found (`_norm`, `_group_norms`), how gradients are scaled (`_clip`), how a step is
+    dropped (`_veto`) and noticed (`was_step_applied`), and what `WeightsEngine` asks.
 
     Args:
         trainer: the Trainer; held weakly, so that an engine never keeps a model alive.
@@ -39,42 +28,10 @@ class BaseEngine:
     """
 
     def __init__(self, trainer: Trainer, name: str) -> None:
-        self._reference = weakref.ref(trainer)
-        self._name = name
+        super().__init__(trainer, name)
         self._claims: set[str] = set()
         self._norms: dict[int, tuple[int, Tensor]] = {}
-
-    # -- who we are --------------------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """The engine's name."""
-        return self._name
-
-    @property
-    def rank(self) -> int:
-        """This process's rank."""
-        return int(self._trainer.global_rank)
-
-    @property
-    def world_size(self) -> int:
-        """The number of processes."""
-        return int(self._trainer.world_size)
-
-    @property
-    def _trainer(self) -> Trainer:
-        trainer = self._reference()
-        if trainer is None:
-            raise MisconfigurationError("The Trainer of this engine is gone: call `engine_of(trainer)` again.")
-        return trainer
-
-    @property
-    def _module(self) -> LightningModule:
-        return self._trainer.lightning_module
-
-    @property
-    def _device(self) -> torch.device:
-        return self._trainer.strategy.root_device
+        self._vetoes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     # -- gradients ---------------------------------------------------------------------------------------------
 
@@ -98,10 +55,7 @@ class BaseEngine:
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         """The global norm of this step's gradients, computed once."""
-        if isinstance(optimizer, LBFGS):
-            raise UnsupportedError(
-                "The gradient norm", "LBFGS", "one step evaluates several gradients", "use a first-order optimizer"
-            )
+        _refuse_closures(optimizer)
         step = self._trainer.global_step
         known, norm = self._norms.get(id(optimizer), (-1, None))
         if norm is None or known != step:
@@ -109,108 +63,61 @@ class BaseEngine:
             self._norms[id(optimizer)] = (step, norm)
         return norm
 
+    def gradient_norms(self, optimizer: Optimizer, groups: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """The norm of each named group of parameters."""
+        _refuse_closures(optimizer)
+        members = self._members(groups)
+        if not members:
+            return {}
+        norms = self._group_norms(optimizer, members)
+        if self._is_vetoed(optimizer):
+            norms = torch.full_like(norms, torch.nan)
+        return dict(zip(groups, norms.unbind(), strict=True))
+
+    def _members(self, groups: Mapping[str, Sequence[str]]) -> list[list[Tensor]]:
+        """The parameters of each group, each once."""
+        named = self._named_parameters()
+        unknown = [name for names in groups.values() for name in names if name not in named]
+        if unknown:
+            raise MisconfigurationError(
+                f"`{unknown[0]}` is no parameter of {type(self._module).__name__}: take names from"
+                " `named_parameters()`, without the `_orig_mod.` of compiled modules."
+            )
+        return [list({id(named[name]): named[name] for name in names}.values()) for names in groups.values()]
+
     def clip_gradient_norm(self, optimizer: Optimizer, limit: float | Tensor) -> None:
         """Scale this step's gradients by `min(1, limit / norm)`."""
         self._clip(optimizer, self.gradient_norm(optimizer), limit)
 
-    # -- weights -----------------------------------------------------------------------------------------------
+    def veto_step(self, optimizer: Optimizer) -> None:
+        """Drop this step, once, on all ranks."""
+        self.gradient_norm(optimizer)  # whoever asks later in this step gets the norm of the gradients as they were
+        if not self._is_vetoed(optimizer):
+            self._vetoes[optimizer] = self._trainer.global_step
+            self._veto(optimizer)
 
-    def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The entries of a checkpoint, whole, one at a time, on the CPU."""
-        for entry in self._entries():
-            yield entry.name, self._whole(entry.tensor).detach().to("cpu", copy=True)
-
-    def save_weights(self, path: Path, metadata: dict[str, str] | None = None) -> None:
-        """Stream the weights into one file, written by rank 0. A failure there is raised on every rank."""
-        layout = {entry.name: self._layout(entry.tensor) for entry in self._entries()}
-        weights, failure = self.named_full_weights(), None
-        if self.rank == 0:
-            try:
-                write_weights(path, layout, weights, metadata)
-            except Exception as error:  # raised below, once no other rank waits for this one
-                failure = error
-        for _ in weights:
-            continue
-        message = self.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise CheckpointError(f"rank 0 could not write {path}: {message}")
-
-    def load_weights(self, path: Path) -> None:
-        """Put the weights of a file written by `save_weights` back."""
-        file, entries = WeightsFile(path), self._entries()
-        self._refuse_mismatch(file, entries)
-        with torch.no_grad():
-            for entry in entries:
-                self._write(entry, file)
-            self._publish()
-        self.barrier()
-
-    def _entries(self) -> list[Entry]:
-        """The module's state dict as references to its own tensors, under plain names."""
-        keys = [key.replace(_COMPILED, "") for key in self._state_keys()]
-        own: dict[str, Tensor] = dict(self._module.named_buffers(remove_duplicate=False))
-        own.update(self._module.named_parameters(remove_duplicate=False))
-        own = {name.replace(_COMPILED, ""): tensor for name, tensor in own.items()}
-        for key in keys:
-            if key not in own:
-                raise UnsupportedError(
-                    "Saving weights",
-                    self.name,
-                    f"the module's state dict holds `{key}`, which is neither a parameter nor a buffer",
-                    "register it with `register_buffer`",
-                )
-        return [Entry(key, own[key]) for key in keys]
-
-    def _state_keys(self) -> list[str]:
-        return list(self._module.state_dict())
-
-    def _refuse_mismatch(self, file: WeightsFile, entries: list[Entry]) -> None:
-        expected = {entry.name: self._layout(entry.tensor)[1] for entry in entries}
-        for name in [*expected, *file.names]:
-            present = file.layout[name][1] if name in file.layout else None
-            if present != expected.get(name):
-                raise CheckpointError(
-                    f"{file.path} does not fit {type(self._module).__name__}: `{name}` is {_describe(present)} in the"
-                    f" file and {_describe(expected.get(name))} in the module. Load a file of this very model."
-                )
-
-    # -- ranks -------------------------------------------------------------------------------------------------
-
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all ranks."""
-        return sum_over_ranks(tensor, self._device)
-
-    def broadcast(self, value: T, source: int = 0) -> T:
-        """The `value` of rank `source`, on every rank."""
-        return self._trainer.strategy.broadcast(value, source)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._trainer.strategy.barrier()
+    def _is_vetoed(self, optimizer: Optimizer) -> bool:
+        return self._vetoes.get(optimizer) == self._trainer.global_step
 
     # -- what a subclass says ----------------------------------------------------------------------------------
 
     def _norm(self, optimizer: Optimizer) -> Tensor:
         raise NotImplementedError
 
+    def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor:
+        raise NotImplementedError
+
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         raise NotImplementedError
 
-    def _layout(self, tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-        """The dtype and shape that `_whole` will give, without communicating."""
-        return tensor.dtype, tuple(tensor.shape)
+    def _veto(self, optimizer: Optimizer) -> None:
+        raise NotImplementedError
 
-    def _whole(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def _write(self, entry: Entry, file: WeightsFile) -> None:
-        entry.tensor.copy_(file.tensor(entry.name))
-
-    def _publish(self) -> None:
-        """Bring low-precision and gathered copies up to date after `_write`."""
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step changed the weights."""
+        raise NotImplementedError
 
 
-def _describe(shape: Any) -> str:
-    return "absent" if shape is None else f"of shape {list(shape)}"
+def _refuse_closures(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, LBFGS):
+        raise refusal("closure")

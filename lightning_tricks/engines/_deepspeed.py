@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO 1-3: fp32 masters in flat pieces, and a norm that is read before the step that uses it.
 
-DeepSpeed's private attributes are touched here and in `_zero_strategy.py` only; those of its optimizers are listed in
-`PRIVATE`, which a test compares with the DeepSpeed installed.
+DeepSpeed's private attributes are touched here, in `_zero_step.py` and in `_zero_strategy.py` only; those of its
+optimizers are listed in `_zero_step.PRIVATE`, which a test compares with the DeepSpeed installed.
 """
 
 import math
@@ -15,20 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine, Entry
+from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._zero_step import PRIVATE, StepGradients
 from lightning_tricks.errors import MisconfigurationError, UnsupportedError
 from lightning_tricks.storage import WeightsFile
 
-__all__ = ["DeepSpeedEngine", "full_value"]
-
-PRIVATE = {
-    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": ("scaled_global_norm", "update_lp_params"),
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
-        "_get_norm_groups",
-        "_partition_all_parameters",
-        "_reassign_or_swap_out_partitioned_parameters",
-        "invalidate_secondary_tensor",
-    ),
-}
+__all__ = ["PRIVATE", "DeepSpeedEngine", "full_value"]
 
 
 class DeepSpeedEngine(BaseEngine):
@@ -37,7 +29,7 @@ class DeepSpeedEngine(BaseEngine):
     def __init__(self, trainer: Trainer) -> None:
         self._stage = int(_config(trainer).get("zero_optimization", {}).get("stage", 0))
         super().__init__(trainer, f"zero_{self._stage}")
-        self._gradients: Callable[[], _StepGradients | None] = lambda: None
+        self._gradients: Callable[[], StepGradients | None] = lambda: None
         if self._stage == 0:
             raise UnsupportedError(
                 "A trick", "DeepSpeed without ZeRO", "its optimizer keeps no norm", "use `strategy='ddp'` or 'zero_1'"
@@ -61,13 +53,23 @@ class DeepSpeedEngine(BaseEngine):
     def _norm(self, optimizer: Optimizer) -> Tensor:
         return self._step_gradients().norm()
 
+    def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor:
+        return self._step_gradients().group_norms(groups, self._device)
+
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         self._step_gradients().clip(float(limit) if bool(norm.isfinite()) else 0.0)
 
-    def _step_gradients(self) -> "_StepGradients":
+    def _veto(self, optimizer: Optimizer) -> None:
+        self._step_gradients().veto()
+
+    def was_step_applied(self) -> bool:
+        """DeepSpeed's own answer."""
+        return bool(self._live.was_step_applied())
+
+    def _step_gradients(self) -> StepGradients:
         gradients = self._gradients()
         if gradients is None or gradients.engine is not self._live:
-            gradients = _StepGradients(self._live, self._stage)
+            gradients = StepGradients(self._live, self._stage)
             self._gradients = weakref.ref(gradients)  # the optimizer keeps it; an engine keeps no model alive
         return gradients
 
@@ -84,11 +86,13 @@ class DeepSpeedEngine(BaseEngine):
     def _whole(self, tensor: Tensor) -> Tensor:
         return full_value(tensor)
 
-    def load_weights(self, path: Any) -> None:
-        """Put the weights of a file written by `save_weights` back."""
-        if self._stage == 3 and hasattr(self._live.optimizer, "_partition_all_parameters"):
-            self._live.optimizer._partition_all_parameters()  # drop whole copies, which would stay as they were
-        super().load_weights(path)
+    def _before_writing(self) -> None:
+        """ZeRO-3: drop the whole copies, which would stay as they were; an evaluation's engine names it otherwise."""
+        optimizer = self._live.optimizer
+        for name in ("_partition_all_parameters", "partition_all_parameters"):
+            if self._stage == 3 and hasattr(optimizer, name):
+                getattr(optimizer, name)()
+                break
 
     def _write(self, entry: Entry, file: WeightsFile) -> None:
         tensor: Any = entry.tensor
@@ -99,53 +103,37 @@ class DeepSpeedEngine(BaseEngine):
         else:
             tensor.copy_(file.tensor(entry.name))
 
+    def _part(self, entry: Entry) -> tuple[Tensor, int] | None:
+        tensor: Any = entry.tensor
+        if hasattr(tensor, "ds_id"):
+            start, stop = _partition_place(tensor)
+            return _local_partition(tensor).detach()[: stop - start], start
+        if hasattr(tensor, "_hp_mapping"):
+            mapping = tensor._hp_mapping
+            return None if mapping is None else (mapping.hp_fragment.detach(), mapping.lp_fragment_address.start)
+        return super()._part(entry)
+
+    def _put(self, entry: Entry, values: Tensor) -> None:
+        tensor: Any = entry.tensor
+        if hasattr(tensor, "ds_id"):
+            _put_partition(tensor, values)
+        elif hasattr(tensor, "_hp_mapping"):
+            tensor._hp_mapping.hp_fragment.copy_(values)
+        else:
+            super()._put(entry, values)
+
     def _publish(self) -> None:
         optimizer = self._live.optimizer
         if self._stage < 3 and hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
         elif hasattr(optimizer, "persistent_parameters"):
-            for group in range(len(optimizer.fp16_groups)):
+            training = hasattr(optimizer, "fp16_groups")
+            for group in range(len(optimizer.fp16_groups) if training else 0):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-            optimizer.invalidate_secondary_tensor()
-
-
-class _StepGradients:
-    """Reads a ZeRO optimizer's norm before its step, lets that step reuse it, and clips in that step alone.
-
-    DeepSpeed asks for the norm once within `step()`. This takes the place of the method that it asks.
-    """
-
-    def __init__(self, engine: Any, stage: int) -> None:
-        self.engine = engine
-        self._optimizer = engine.optimizer
-        self._stage = stage
-        method = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
-        self._compute = _private(self._optimizer, method)
-        setattr(self._optimizer, method, self._within_step)
-        self._known: tuple[int, Any] = (-1, None)
-        self._limit: tuple[int, float] = (-1, 0.0)
-
-    def norm(self) -> Tensor:
-        """The unscaled global norm; not a number where DeepSpeed marks a non-finite one by -1."""
-        result = self._compute()
-        self._known = (self.engine.global_steps, result)
-        if self._stage == 3:
-            from deepspeed.runtime.utils import combine_grad_norm_groups
-
-            result = combine_grad_norm_groups(result)
-        scaled = torch.as_tensor(result).float().reshape(())
-        return torch.where(scaled < 0, torch.nan, scaled) / float(self._optimizer.loss_scale)
-
-    def clip(self, limit: float) -> None:
-        """Let the coming step clip at `limit`, and only that one."""
-        self._limit = (self.engine.global_steps, limit)
-
-    def _within_step(self, *args: Any, **kwargs: Any) -> Any:
-        step = self.engine.global_steps
-        self._optimizer.clip_grad = self._limit[1] if self._limit[0] == step else self.engine.gradient_clipping()
-        return self._known[1] if self._known[0] == step else self._compute(*args, **kwargs)
+            if training:
+                optimizer.invalidate_secondary_tensor()
 
 
 def full_value(parameter: Any) -> Tensor:
@@ -177,32 +165,39 @@ def _write_fragment(parameter: Any, name: str, file: WeightsFile) -> None:
 
 
 def _write_partition(parameter: Any, name: str, file: WeightsFile) -> None:
-    """ZeRO-3: this rank's equal part of the flattened parameter, the last one padded with zeros."""
-    size = parameter.ds_tensor.numel()
-    start = torch.distributed.get_rank(parameter.ds_process_group) * size
-    stop = min(start + size, math.prod(parameter.ds_shape))
-    values = torch.zeros(size)
-    if start < stop:
-        values[: stop - start] = file.elements(name, start, stop)
+    start, stop = _partition_place(parameter)
+    _put_partition(parameter, file.elements(name, start, stop) if start < stop else torch.empty(0))
+
+
+def _partition_place(parameter: Any) -> tuple[int, int]:
+    """ZeRO-3: where this rank's equal part of the flattened parameter begins and ends."""
+    size, numel = parameter.ds_tensor.numel(), math.prod(parameter.ds_shape)
+    start = min(torch.distributed.get_rank(parameter.ds_process_group) * size, numel)
+    return start, min(start + size, numel)
+
+
+def _local_partition(parameter: Any) -> Tensor:
+    if not _has_master(parameter):
+        plain: Tensor = parameter.ds_tensor
+        return plain
+    if parameter._z3_optimizer.swap_optimizer:
+        raise refusal("nvme")
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    master: Tensor = safe_get_local_fp32_param(parameter)
+    return master
+
+
+def _put_partition(parameter: Any, values: Tensor) -> None:
+    """ZeRO-3: into this rank's part, the end of the last one padded with zeros."""
+    padded = torch.zeros(parameter.ds_tensor.numel(), device=values.device)
+    padded[: values.numel()] = values
     if _has_master(parameter):
         from deepspeed.utils import safe_set_local_fp32_param
 
-        safe_set_local_fp32_param(parameter, values)
+        safe_set_local_fp32_param(parameter, padded)
     else:
-        parameter.ds_tensor.copy_(values)
-
-
-def _private(optimizer: Any, name: str) -> Any:
-    if not hasattr(optimizer, name):
-        import deepspeed
-
-        raise UnsupportedError(
-            "The gradient norm",
-            f"DeepSpeed {deepspeed.__version__}",
-            f"its {type(optimizer).__name__} has no `{name}`",
-            "install the DeepSpeed of constraints.txt, or set no `data_types` in its configuration",
-        )
-    return getattr(optimizer, name)
+        parameter.ds_tensor.copy_(padded)
 
 
 def _config(trainer: Trainer) -> dict[str, Any]:

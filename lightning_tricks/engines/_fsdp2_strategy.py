@@ -1,10 +1,9 @@
 """FSDP2 as a Lightning strategy that shards a plain LightningModule by itself."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.init import _materialize_distributed_module
@@ -14,13 +13,20 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from lightning_tricks.engines._activation_checkpointing import (
+    checkpoint_blocks,
+    checkpoints_blocks,
+    refuse_activation_checkpointing,
+)
+from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
+from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["FSDP2Strategy"]
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     """Fully sharded data parallelism, version 2, for an unchanged LightningModule.
 
     Each repeated block is sharded on its own, and the rest with the module. Weights are broadcast from rank 0 first.
@@ -30,19 +36,31 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         shard: class names of the blocks to shard. Empty: those that a Hugging Face model names in
             `_no_split_modules`, else the items of any `ModuleList` whose class occurs in it at least twice.
+        activation_checkpointing: `"blocks"` keeps the inputs of those blocks only, and computes the rest again in the
+            backward pass.
+        precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
 
     Raises:
-        MisconfigurationError: if `shard` names a class that the module does not contain.
+        MisconfigurationError: if an option is out of range, or `shard` names a class that the module does not contain.
 
     References:
         Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
     """
 
-    def __init__(self, *, shard: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        shard: Sequence[str] = (),
+        activation_checkpointing: Literal["blocks"] | None = None,
+        precision: Mixed | None = None,
+    ) -> None:
         if isinstance(shard, str):
             raise MisconfigurationError(f"`shard` must be a list of class names, got {shard!r}: write [{shard!r}].")
+        refuse_activation_checkpointing(activation_checkpointing)
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
+        self._bring_precision(precision)
         self.shard = tuple(shard)
+        self.activation_checkpointing = activation_checkpointing
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -59,7 +77,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
-        self._shard(self.model)
+        self._shard(self.model, checkpointed=fitting and self.activation_checkpointing is not None)
         _materialize_distributed_module(self.model, self.root_device)
         self.model_to_device()
         self.barrier()
@@ -69,11 +87,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, module: nn.Module) -> None:
+    def _shard(self, module: nn.Module, checkpointed: bool) -> None:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         if any(isinstance(part, FSDPModule) for part in module.modules()):
+            if checkpointed and not checkpoints_blocks(module):
+                raise MisconfigurationError(
+                    f"{type(module).__name__} shards itself: there `activation_checkpointing='blocks'` comes too late."
+                    " Leave it out, and call `torch.utils.checkpoint.checkpoint` in the module."
+                )
             return
+        if checkpointed:  # before the sharding: a block computed again gathers its parameters again
+            checkpoint_blocks(module, self.shard)
         blocks = find_blocks(module, self.shard)
         self._broadcast_from_rank_zero(module)
         mesh, dtypes = self.device_mesh["data_parallel"], _dtypes(str(self.precision_plugin.precision))
@@ -164,42 +189,6 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"{path} does not fit {type(module).__name__}: `{differing[0]}` is not in the {where}. Load one"
                 " of this very model."
             )
-
-
-def find_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
-    """The blocks to shard one by one, none inside another, none sharing a parameter with the rest."""
-    wanted = set(names) or {
-        name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()
-    }
-    found = [part for part in module.modules() if type(part).__name__ in wanted and part is not module]
-    missing = set(names) - {type(part).__name__ for part in found}
-    if missing:
-        present = sorted({type(part).__name__ for part in module.modules()} - {type(module).__name__})
-        raise MisconfigurationError(
-            f"`shard` names {sorted(missing)[0]!r}, which {type(module).__name__} does not contain. It contains: "
-            f"{', '.join(present)}."
-        )
-    return [block for block in _outermost(found or list(_repeated(module))) if _owns_its_parameters(block, module)]
-
-
-def _repeated(module: nn.Module) -> Iterator[nn.Module]:
-    for part in module.modules():
-        if isinstance(part, nn.ModuleList):
-            classes = Counter(type(item) for item in part)
-            yield from (item for item in part if classes[type(item)] >= 2 and any(True for _ in item.parameters()))
-
-
-def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
-    inner = {id(part) for block in blocks for part in block.modules() if part is not block}
-    return [block for block in dict.fromkeys(blocks) if id(block) not in inner]
-
-
-def _owns_its_parameters(block: nn.Module, module: nn.Module) -> bool:
-    """Whether no module outside the block holds one of its parameters: tied weights belong to the common parent."""
-    inside = {id(part) for part in block.modules()}
-    own = {id(parameter) for parameter in block.parameters()}
-    outside = (part for part in module.modules() if id(part) not in inside)
-    return not any(id(p) in own for part in outside for p in part.parameters(recurse=False))
 
 
 def _dtypes(precision: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["global_norm", "gradients_of", "scale_to_norm"]
+__all__ = ["global_norm", "gradients_of", "group_norms", "scale_to_norm"]
 
 
 def gradients_of(optimizer: Optimizer) -> list[Tensor]:
@@ -31,13 +31,29 @@ def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(squares).sum().sqrt().float()
 
 
+def group_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """The 2-norm of each group over all ranks, fp32, in one reduction. Collective if some gradients are sharded.
+
+    Example:
+        >>> group_norms([[torch.tensor([3.0, 4.0])], []], torch.device("cpu"))
+        tensor([5., 0.])
+    """
+    total = torch.zeros(len(groups), dtype=torch.float64, device=device)
+    for alike in _by_placement(gradient for group in groups for gradient in group):
+        members = {id(gradient) for gradient in alike}
+        parts = [[gradient for gradient in group if id(gradient) in members] for group in groups]
+        squares = [_norm(part).double().square().to(device) if part else total.new_zeros(()) for part in parts]
+        total += _sum_over_shards(torch.stack(squares), alike[0])
+    return total.sqrt().float()
+
+
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, limit: float | Tensor) -> None:
     """Scale gradients in place by `min(1, limit / norm)`; by 1 if the norm is not finite."""
     factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
     factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor)).to(norm.dtype)
     parts = [_local(gradient) for gradient in gradients]
     if dense := [part for part in parts if not part.is_sparse]:
-        torch._foreach_mul_(dense, factor)
+        torch._foreach_mul_(dense, factor.to(dense[0].device))  # offloaded gradients lie on the host
     for part in parts:
         if part.is_sparse:
             part.mul_(factor)

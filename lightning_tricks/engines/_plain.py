@@ -1,11 +1,13 @@
 """One device and DDP: whole parameters, whole gradients, averaged by DDP before the step."""
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine
-from lightning_tricks.engines._gradients import global_norm, gradients_of, scale_to_norm
-from lightning_tricks.errors import UnsupportedError
+from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._gradients import global_norm, gradients_of, group_norms, scale_to_norm
+from lightning_tricks.engines._steps import watch_steps
 
 __all__ = ["PlainEngine"]
 
@@ -13,20 +15,48 @@ __all__ = ["PlainEngine"]
 class PlainEngine(BaseEngine):
     """The engine of `SingleDeviceStrategy` and `DDPStrategy`."""
 
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        super().__init__(trainer, name)
+        self._applied = -1
+        watch_steps(self)
+
     def _norm(self, optimizer: Optimizer) -> Tensor:
         self._refuse_scaled_gradients(optimizer)
         return global_norm(gradients_of(optimizer), self._device)
 
+    def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor:
+        self._refuse_scaled_gradients(optimizer)
+        ours = {id(gradient) for gradient in gradients_of(optimizer)}
+        found = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
+        return group_norms([[gradient for gradient in group if id(gradient) in ours] for group in found], self._device)
+
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         scale_to_norm(gradients_of(optimizer), norm, limit)
+
+    def _veto(self, optimizer: Optimizer) -> None:
+        """Without a gradient, an optimizer leaves a parameter, its moments and its step count alone."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            # The scaler counts this as one more step without overflow. One that did overflow resets the count anyhow.
+            state = scaler.state_dict()
+            scaler.load_state_dict({**state, "_growth_tracker": state["_growth_tracker"] - 1})
+
+    def was_step_applied(self) -> bool:
+        """Whether the optimizer ran in the last step, on gradients."""
+        return self._applied == self._trainer.global_step - 1 >= 0
+
+    def step_ran(self, optimizer: Optimizer) -> None:
+        """Called after every `step()` of every torch optimizer of this process."""
+        trainer = self._reference()
+        ours = trainer is not None and any(optimizer is own for own in trainer.optimizers)
+        if trainer is not None and ours and not self._is_vetoed(optimizer):
+            self._applied = trainer.global_step
 
     def _refuse_scaled_gradients(self, optimizer: Optimizer) -> None:
         """Lightning unscales fp16 gradients before `on_before_optimizer_step`, but not those of fused optimizers."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise UnsupportedError(
-                "The gradient norm",
-                f"{self.name} with precision '16-mixed'",
-                f"a fused {type(optimizer).__name__} unscales its gradients inside its step",
-                "pass `fused=False` to the optimizer, or use `precision='bf16-mixed'`",
-            )
+            raise refusal("fused_scaler", engine=self.name, optimizer=type(optimizer).__name__)

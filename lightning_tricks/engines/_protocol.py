@@ -1,11 +1,13 @@
 """What a trick may ask of the engine that trains: the one seam between tricks and strategies."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_tricks.engines._shards import Shard
 
 __all__ = ["Engine"]
 
@@ -54,10 +56,46 @@ class Engine(Protocol):
         ask; it waits for nothing. Not finite when a gradient is not.
         """
 
+    def gradient_norms(self, optimizer: Optimizer, groups: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """The 2-norms of groups of this step's gradients, for logging: fp32, unscaled, the same on every rank.
+
+        A group is a list of parameter names, as `named_parameters()` gives them for the plain module. A parameter
+        without a gradient, or one that `optimizer` does not train, counts as zero. After a veto of this step, and
+        where a gradient is not finite, a norm is not a number or infinite.
+
+        Live, inside `on_before_optimizer_step` of a real step. Collective, with the same groups on every rank. Costs
+        one pass over this rank's gradients and one reduction of a number for each group; computed at every call.
+        On the torch engines a preceding `clip_gradient_norm` has scaled the gradients: ask before it.
+
+        Raises:
+            MisconfigurationError: if a name is no parameter of the module.
+        """
+
     def clip_gradient_norm(self, optimizer: Optimizer, limit: float | Tensor) -> None:
         """Scale this step's gradients by `min(1, limit / norm)`; leave them alone if the norm is not finite.
 
         Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. Collective.
+        """
+
+    def veto_step(self, optimizer: Optimizer) -> None:
+        """Drop this optimizer step: weights, moments and step counts stay as if it had not been, bit for bit.
+
+        The whole accumulation window is dropped and the next one starts clean. The loss scale of fp16 and its count of
+        good steps stay too, unless the scaler itself found a gradient that is not finite: then it backs off.
+        `trainer.global_step` advances, and so does a learning-rate schedule that Lightning steps: neither is the
+        engine's. An optimizer must leave parameters without a gradient alone, as all of torch's do.
+
+        Live, inside `on_before_optimizer_step` of a real step. Collective: on all ranks or on none, so decide by a
+        value that is the same on all, as `gradient_norm` is. Costs that norm, if nobody asked for it, and nothing
+        else; under fp16 on the torch engines it waits for the loss scale.
+        """
+
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step changed the weights: not if it was vetoed, nor if a loss scaler skipped it.
+
+        Live, after a real step, in `on_train_batch_end` or later; the same on every rank. Free. Where Lightning
+        accumulates, a micro-batch leaves the answer of the step before. False before the first step. The engine
+        must exist before the step: get it in `setup()`.
         """
 
     # -- weights: live, between steps --------------------------------------------------------------------------
@@ -82,6 +120,32 @@ class Engine(Protocol):
 
         Raises:
             CheckpointError: if a name is missing or too many, or a shape differs; the first one is named.
+        """
+
+    def named_shards(self) -> Iterator[Shard]:
+        """This rank's parts of the trained parameters' master weights, each with its place in the flattened whole.
+
+        Masters are fp32 wherever the engine has them so; under bf16-true the torch engines train bf16 itself. Under
+        one device and DDP a rank holds every parameter whole; elsewhere the ranks' parts make up the whole without
+        overlap, and a parameter of which this rank holds nothing is left out. Tied parameters come once.
+
+        Live, between steps. Communicates nothing. Memory: nothing, or one part where the optimizer is offloaded.
+        """
+
+    def put_shards(self, values: Mapping[str, Tensor]) -> None:
+        """Write the master weights of this rank's parts, and let the model compute with them. Bit-exact.
+
+        Swapping weights in and out: `raw = {s.name: s.values.clone() for s in engine.named_shards()}`, then
+        `put_shards(averaged)`, and later `put_shards(raw)`. Moments stay as they are.
+
+        Live, between steps. Collective. Costs a copy, and under ZeRO what a step does to hand out new weights: one
+        gathering of the low-precision copies.
+
+        Args:
+            values: for each name that `named_shards()` gives on this rank, as many elements, of any shape and device.
+
+        Raises:
+            MisconfigurationError: on every rank, if on some rank a name is missing or unknown, or a size differs.
         """
 
     # -- ranks: live -------------------------------------------------------------------------------------------

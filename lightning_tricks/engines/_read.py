@@ -3,18 +3,23 @@
 import contextlib
 import io
 import pickle
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_tricks.engines._skim import skim_pickle
 from lightning_tricks.errors import CheckpointError, MissingDependencyError
 from lightning_tricks.storage import WeightsFile
 
-__all__ = ["read_checkpoint"]
+__all__ = ["explained", "fsdp2_entries", "fsdp2_reader", "read_checkpoint"]
 
+_FSDP2 = "state_dict."
+_DESCRIPTIONS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+_DESCRIPTIONS |= {("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib", "Path")}
 _BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, pickle.UnpicklingError)
 
 
@@ -43,15 +48,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}: check the path.")
-    try:
+    with explained(path):
         checkpoint = _read(path)
+    state = {name.replace("_orig_mod.", ""): _single(tensor) for name, tensor in checkpoint["state_dict"].items()}
+    return {"hyper_parameters": {}, **checkpoint, "state_dict": state}
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a checkpoint is read into one error that names it."""
+    try:
+        yield
     except _BROKEN as error:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): it is truncated, incomplete or not"
             " a checkpoint. Use another one, or save this one again."
         ) from error
-    state = {name.replace("_orig_mod.", ""): _single(tensor) for name, tensor in checkpoint["state_dict"].items()}
-    return {"hyper_parameters": {}, **checkpoint, "state_dict": state}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -74,21 +86,55 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _read_fsdp2(path: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    load = fsdp2_reader(path)
+    state = {name: load(name, entry) for name, entry in fsdp2_entries(path).items()}
+    return {**_load(path / "meta.pt"), "state_dict": {name.removeprefix(_FSDP2): state[name] for name in state}}
+
+
+def fsdp2_entries(path: Path) -> dict[str, Any]:
+    """The module's tensors in an FSDP2 folder, by the folder's own names, as their sizes and properties."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = _fsdp2_metadata(path)
+    _refuse_short_files(path, metadata.storage_data.values())
+    entries = metadata.state_dict_metadata.items()
+    return {name: e for name, e in entries if name.startswith(_FSDP2) and isinstance(e, TensorStorageMetadata)}
+
+
+def fsdp2_reader(path: Path) -> Callable[[str, Any], Tensor]:
+    """A function that reads one of `fsdp2_entries` whole."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    prefix = "state_dict."
-    metadata = FileSystemReader(path).read_metadata()
-    _refuse_short_files(path, metadata.storage_data.values())
-    entries = metadata.state_dict_metadata
-    state: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    load(state, checkpoint_id=path, no_dist=True)
-    return {**_load(path / "meta.pt"), "state_dict": {name.removeprefix(prefix): state[name] for name in state}}
+    reader: Any = FileSystemReader(path)
+    metadata = _fsdp2_metadata(path)
+    reader.read_metadata = lambda *_, **__: metadata  # which a load would read again for every tensor
+
+    def read(name: str, entry: Any) -> Tensor:
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads: that is meant
+            load({name: tensor}, storage_reader=reader, no_dist=True)
+        return tensor
+
+    return read
+
+
+def _fsdp2_metadata(path: Path) -> Any:
+    """The pickled table of contents, once it is known to name nothing but torch's own descriptions."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    _, named = skim_pickle(path / ".metadata")
+    if foreign := sorted(".".join(pair) for pair in named if not _describes(*pair)):
+        raise CheckpointError(f"{path / '.metadata'} names `{foreign[0]}`, which no checkpoint does: do not trust it.")
+    return FileSystemReader(path).read_metadata()
+
+
+def _describes(module: str, name: str) -> bool:
+    if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"):
+        return name.isidentifier() and name.lstrip("_")[:1].isupper()  # classes
+    known = isinstance(getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format)
+    return (module, name) in _DESCRIPTIONS or (module == "torch" and known)
 
 
 def _refuse_short_files(path: Path, pieces: Iterable[Any]) -> None:

@@ -21,7 +21,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
 from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
+from lightning_tricks.engines._precision import BringsPrecision, Mixed
+from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
 
 __all__ = ["ZeroStrategy"]
@@ -39,7 +42,7 @@ _SMALLEST_BUCKET = 2**20
 _BUCKET_UNIT = 256  # DeepSpeed wants a multiple of its alignment
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     """ZeRO with the results of one device.
 
     Beyond Lightning's `DeepSpeedStrategy`: it runs on CPU over gloo; Lightning accumulates gradients, so a loss is
@@ -51,6 +54,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         stage: what is divided over the ranks: 1 optimizer state, 2 gradients as well, 3 parameters as well.
         bucket_size: elements (at least 1) reduced or gathered at once; `"auto"` is an eighth of the trained
             parameters, but no less than 2**20 (or all of them) and no more than 2e8.
+        activation_checkpointing: `"blocks"` keeps the inputs of the module's repeated blocks only, and computes the
+            rest again in the backward pass.
+        precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
 
     Raises:
         MissingDependencyError: if DeepSpeed is not installed.
@@ -62,13 +68,23 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     strategy_name = "zero"
 
-    def __init__(self, *, stage: Literal[1, 2, 3] = 2, bucket_size: int | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        stage: Literal[1, 2, 3] = 2,
+        bucket_size: int | Literal["auto"] = "auto",
+        activation_checkpointing: Literal["blocks"] | None = None,
+        precision: Mixed | None = None,
+    ) -> None:
         _refuse_options(stage, bucket_size)
+        refuse_activation_checkpointing(activation_checkpointing)
         _require_deepspeed()
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is first imported
         super().__init__(stage=stage, logging_level=logging.ERROR)
+        self._bring_precision(precision)
         self.bucket_size = bucket_size
+        self.activation_checkpointing = activation_checkpointing
         self._engine_hooks: list[tuple[dict[int, Any], int]] = []
 
     # -- accumulation: Lightning counts, DeepSpeed is told ---------------------------------------------------------
@@ -122,6 +138,8 @@ class ZeroStrategy(DeepSpeedStrategy):
                 f"{type(model).__name__} has no parameter that requires a gradient: ZeRO has nothing to train."
             )
         self._size_buckets(trained)
+        if self.activation_checkpointing is not None:
+            checkpoint_blocks(self._required_module)
         return self._initialize(
             model, self._config, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
         )
@@ -188,19 +206,24 @@ class ZeroStrategy(DeepSpeedStrategy):
         save_folder(self, path, lambda partial: write(checkpoint, partial, storage_options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint folder. The clipping threshold stays the one configured now."""
+        """Read a checkpoint folder, of any number of ranks. The clipping threshold stays the one configured now."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_file():
             raise CheckpointError(
                 f"{path} is a single file: ZeRO reads the folders that it wrote. Evaluate it on one device or with"
                 " strategy='ddp', or load it with `load_from_checkpoint` before the Trainer takes the module."
             )
-        self._refuse_other_ranks(path)
+        other_ranks = self._was_saved_by_others(path)
+        if other_ranks:
+            convert_for_other_ranks(self, path)
         optimizer = self.deepspeed_engine.optimizer
         if self.zero_stage_3 and not hasattr(optimizer, "_restore_from_bit16_weights"):
             optimizer._restore_from_bit16_weights = lambda: None  # ZeRO-3 without training: there are no masters
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        universal = loads_universal(self.deepspeed_engine) if other_ranks else contextlib.nullcontext()
+        with universal, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = super().load_checkpoint(path, weights_only)
+        if other_ranks:
+            restore_the_rest(self._required_module, path)
         if hasattr(optimizer, "clip_grad"):
             optimizer.clip_grad = self.deepspeed_engine.gradient_clipping()
         return state
@@ -211,14 +234,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         return bool(frozen) and frozen.isdisjoint(module.state_dict())
 
-    def _refuse_other_ranks(self, path: Path) -> None:
+    def _was_saved_by_others(self, path: Path) -> bool:
+        """Whether this run resumes from a checkpoint of another number of ranks."""
         saved = len(list(path.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
-        fitting = self._required_module.trainer.state.fn == "fit"
-        if fitting and saved and saved != self.world_size:
-            raise CheckpointError(
-                f"{path} was saved by {saved} processes and this run has {self.world_size}: ZeRO resumes on the same"
-                f" number. Use `devices={saved}`, or start from its weights with `read_checkpoint`."
-            )
+        return self._required_module.trainer.state.fn == "fit" and saved not in (0, self.world_size)
 
 
 def _refuse_options(stage: Any, bucket_size: Any) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_file", "partial_name", "publish_folder"]
+__all__ = ["atomic_file", "finish_publishing", "partial_name", "publish_folder"]
+
+READY = ".complete"  # a folder of such a name is complete, and waits for its own name
 
 
 def partial_name(path: Path) -> Path:
     """The sibling name under which `path` is written until it is complete."""
-    return path.with_name(f".{path.name}.partial")
+    return _sibling(path, ".partial")
 
 
 @contextmanager
@@ -32,18 +34,47 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def publish_folder(partial: Path, path: Path) -> None:
     """Rename the complete folder `partial` to `path`, replacing a file or folder of that name.
 
-    A folder cannot be exchanged in one step everywhere, so an old one is set aside first and deleted last: between
-    the two renames both the old and the new one are complete on the disk, under other names.
+    A folder cannot be exchanged in one step everywhere. So it first takes a name that says that it is complete; then
+    the old one is set aside, and the new one takes its name. Whoever is killed between has it finished by
+    `finish_publishing`, or by the next call for that name.
     """
     for file in sorted(partial.rglob("*")):
         _fsync(file)
-    old = path.with_name(f".{path.name}.old")
-    _remove(old)
+    ready = _sibling(path, READY)
+    if ready.exists():
+        _exchange(ready, path)  # first what an earlier call left: no complete folder is given up for a later one
+    os.replace(partial, ready)
+    _fsync(path.parent)
+    _exchange(ready, path)
+
+
+def finish_publishing(folder: Path) -> list[Path]:
+    """Give the complete folders in `folder` their names, when a process was killed before it could.
+
+    Args:
+        folder: searched for what `publish_folder` leaves, without the folders below.
+
+    Returns:
+        The names that were given.
+    """
+    names = [ready.name[1 : -len(READY)] for ready in sorted(folder.glob(f".*{READY}")) if ready.is_dir()]
+    for name in names:
+        _exchange(folder / f".{name}{READY}", folder / name)
+    return [folder / name for name in names]
+
+
+def _exchange(ready: Path, path: Path) -> None:
+    old = _sibling(path, ".old")
     if path.exists():
+        _remove(old)
         os.replace(path, old)
-    os.replace(partial, path)
+    os.replace(ready, path)
     _fsync(path.parent)
     _remove(old)
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}{suffix}")
 
 
 def _fsync(path: Path) -> None:

@@ -185,6 +185,7 @@ def _write_entries(stream: BinaryIO, layout: Layout, entries: Iterable[tuple[str
                 f"the layout expects {wanted} and the entries give ({name!r}, ({tensor.dtype}, {tuple(tensor.shape)}))."
             )
         stream.write(_bytes_of(tensor.detach().cpu().contiguous()))
+        del tensor  # before the next one is made
     if (missing := next(expected, None)) is not None:
         raise MisconfigurationError(f"the entries end before `{missing[0]}`, which the layout names.")
     stream.flush()

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy
 
-__all__ = ["PRESETS", "Preset", "fsdp2", "register", "zero"]
+__all__ = ["PRECISION_SUFFIXES", "PRESETS", "Preset", "flags", "fsdp2", "register", "zero"]
 
 
 class Preset(NamedTuple):
@@ -29,7 +29,13 @@ class Preset(NamedTuple):
     doc: str
 
 
-def zero(*, stage: Literal[1, 2, 3] = 2, bucket_size: int | Literal["auto"] = "auto") -> ZeroStrategy:
+def zero(
+    *,
+    stage: Literal[1, 2, 3] = 2,
+    bucket_size: int | Literal["auto"] = "auto",
+    activation_checkpointing: Literal["blocks"] | None = None,
+    precision: Literal["bf16-mixed", "16-mixed"] | None = None,
+) -> ZeroStrategy:
     """DeepSpeed ZeRO: optimizer state, gradients and parameters divided over the ranks, on GPU and on CPU.
 
     Needs DeepSpeed: `pip install 'lightning-tricks[deepspeed]'`.
@@ -37,6 +43,9 @@ def zero(*, stage: Literal[1, 2, 3] = 2, bucket_size: int | Literal["auto"] = "a
     Args:
         stage: what is divided: 1 optimizer state, 2 gradients as well, 3 parameters as well.
         bucket_size: elements (1 to about 2e8) reduced or gathered at once; `"auto"` scales it to the model.
+        activation_checkpointing: `"blocks"` computes the model's repeated blocks again in the backward pass, instead
+            of keeping what they computed.
+        precision: what the Trainer's `precision` is to be; `None` leaves it to the Trainer.
 
     Raises:
         MissingDependencyError: if DeepSpeed is not installed.
@@ -52,18 +61,28 @@ def zero(*, stage: Literal[1, 2, 3] = 2, bucket_size: int | Literal["auto"] = "a
     References:
         Rajbhandari et al.: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (SC 2020).
     """
-    return ZeroStrategy(stage=stage, bucket_size=bucket_size)
+    return ZeroStrategy(
+        stage=stage, bucket_size=bucket_size, activation_checkpointing=activation_checkpointing, precision=precision
+    )
 
 
-def fsdp2(*, shard: Sequence[str] = ()) -> FSDP2Strategy:
+def fsdp2(
+    *,
+    shard: Sequence[str] = (),
+    activation_checkpointing: Literal["blocks"] | None = None,
+    precision: Literal["bf16-mixed", "16-mixed"] | None = None,
+) -> FSDP2Strategy:
     """Fully sharded data parallelism (FSDP2) of an unchanged LightningModule, on GPU and on CPU.
 
     Args:
         shard: class names of the blocks to shard one by one. Empty: those that a Hugging Face model names, else the
             items of any `ModuleList` whose class occurs in it at least twice.
+        activation_checkpointing: `"blocks"` computes those blocks again in the backward pass, instead of keeping what
+            they computed.
+        precision: what the Trainer's `precision` is to be; `None` leaves it to the Trainer.
 
     Raises:
-        MisconfigurationError: if a name is not in the module.
+        MisconfigurationError: if an option is out of range, or a name is not in the module.
 
     Example:
         >>> from lightning_tricks.strategies import fsdp2
@@ -73,7 +92,7 @@ def fsdp2(*, shard: Sequence[str] = ()) -> FSDP2Strategy:
     References:
         Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
     """
-    return FSDP2Strategy(shard=shard)
+    return FSDP2Strategy(shard=shard, activation_checkpointing=activation_checkpointing, precision=precision)
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -88,15 +107,37 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 
+PRECISION_SUFFIXES: Mapping[str, Literal["bf16-mixed", "16-mixed"]] = MappingProxyType(
+    {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+)
+
+
+def flags() -> dict[str, Preset]:
+    """Every flag: those of `PRESETS`, and each of them with a precision as its suffix.
+
+    Example:
+        >>> flags()["zero_2_bf16"].arguments
+        {'stage': 2, 'precision': 'bf16-mixed'}
+    """
+    with_precision = {
+        f"{flag}_{suffix}": Preset(
+            preset.function, {**preset.arguments, "precision": precision}, f"{preset.doc[:-1]}, in {precision}."
+        )
+        for flag, preset in PRESETS.items()
+        for suffix, precision in PRECISION_SUFFIXES.items()
+    }
+    return {**PRESETS, **with_precision}
+
+
 def register() -> None:
-    """Make the flags of `PRESETS` known to Lightning. `import lightning_tricks` does it.
+    """Make all `flags` known to Lightning. `import lightning_tricks` does it.
 
     Example:
         >>> from lightning.pytorch.strategies import StrategyRegistry
         >>> register()
-        >>> "zero_2" in StrategyRegistry
+        >>> "zero_2_bf16" in StrategyRegistry
         True
     """
-    for flag, preset in PRESETS.items():
+    for flag, preset in flags().items():
         if flag not in StrategyRegistry:
             StrategyRegistry.register(flag, preset.function, description=preset.doc, **preset.arguments)

@@ -13,12 +13,15 @@ from torch.utils.data import TensorDataset
 import lightning_tricks  # noqa: F401  (registers the flags)
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import engine_of, ranks, read_checkpoint, whole
-from lightning_tricks.errors import CheckpointError
+from lightning_tricks.errors import CheckpointError, MisconfigurationError, UnsupportedError
 from lightning_tricks.storage import WeightsFile
 
 BATCH = 8  # samples of a global batch
 ONLY = {
     "lightnings_own_strategy": ("ddp", "fsdp2"),  # one device has a single one; DeepSpeedStrategy refuses CPUs
+    "shards_cut_otherwise": ("fsdp2",),
+    "offloaded": ("zero_1", "zero_2", "zero_3"),
+    "vetoed_unchecked": ("zero_1", "zero_2", "zero_3"),
     "engines_keep_no_model_alive": ("one_device", "ddp", "fsdp2"),  # DeepSpeed's gradient hooks keep its engines
 }
 
@@ -547,3 +550,390 @@ def damaged(run):
 def shards(path: Path) -> list[Path]:
     suffixes = (".pt", ".distcp", ".ckpt")
     return sorted(file for file in [path, *path.rglob("*")] if file.is_file() and file.suffix in suffixes)
+
+
+# -- vetoes --------------------------------------------------------------------------------------------------------
+
+
+class PoisonedRank(Net):
+    """One batch is not finite, on the last rank only."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        last = ranks()[0] == ranks()[1] - 1
+        return loss * float("nan") if index == self.bad and last else loss
+
+
+class Guard(L.Callback):
+    """Vetoes steps by number, or those whose norm is not finite; notes what the engine says and what moved."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+        self.applied: list[bool] = []
+        self.moved: list[bool] = []
+        self.scalers: list[dict] = []
+        self.before: dict[str, torch.Tensor] = {}
+
+    def on_train_start(self, trainer, pl_module):
+        assert not engine_of(trainer).was_step_applied()
+        self.before = float_weights(trainer)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        engine = engine_of(trainer)
+        assert engine.is_optimizer_step()
+        bad = trainer.global_step in self.steps if self.steps else not engine.gradient_norm(optimizer).isfinite()
+        self.scalers.append(scaler_state(trainer))
+        if bad:
+            engine.veto_step(optimizer)
+            engine.veto_step(optimizer)  # two tricks may agree
+        assert engine.gradient_norm(optimizer) != 0  # what it was before the veto
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):
+        if trainer.global_step == len(self.applied) or trainer.fit_loop._should_accumulate():
+            return
+        now = float_weights(trainer)
+        self.applied.append(engine_of(trainer).was_step_applied())
+        self.moved.append(any(not torch.equal(now[name], self.before[name]) for name in now))
+        self.before = now
+
+
+def scaler_state(trainer) -> dict:
+    """Everything that the loss scaler remembers."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        return dict(scaler.state_dict())
+    optimizer = getattr(trainer.strategy.model, "optimizer", None)
+    return dict(vars(optimizer.loss_scaler)) if hasattr(optimizer, "loss_scaler") else {}
+
+
+def vetoed(run):
+    """A window that is NaN on one rank is dropped on all, as if its batches had not been: AdamW, no hang."""
+    module, guard = PoisonedRank(batches=12), Guard()
+    module.bad = 4  # the first batch of the third window
+    trainer = fit(run, module, Probe(), max_epochs=1, accumulate_grad_batches=2, callbacks=[guard])
+    assert guard.applied == guard.moved == [True, True, False, True, True, True]
+    assert trainer.global_step == 6
+    if run.is_reference:
+        for name, value in float_weights(trainer).items():
+            if name != "offset":
+                assert torch.allclose(value, left_out(2)[name], rtol=0, atol=1e-6), name
+    run.compare("vetoed-weights", float_weights(trainer), 2e-5)
+
+
+def left_out(window: int) -> dict[str, torch.Tensor]:
+    """The same training in plain torch, without one window."""
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    batches = list(loader(12))
+    for start in range(0, 12, 2):
+        if start == 2 * window:
+            continue
+        optimizer.zero_grad()
+        for inputs, targets in batches[start : start + 2]:
+            (nn.functional.cross_entropy(net(inputs), targets) / 2).backward()
+        optimizer.step()
+    return {name: value.detach() for name, value in net.named_parameters()}
+
+
+def vetoed_finite(run):
+    """A finite step can be dropped too."""
+    for precision in ("32-true", "bf16-mixed"):
+        guard = Guard(1, 2)
+        fit(run, Net(batches=4), Probe(), max_epochs=1, precision=precision, callbacks=[guard])
+        assert guard.applied == guard.moved == [True, False, False, True], precision
+
+
+def vetoed_unchecked(run):
+    """In bf16, ZeRO-1 and 2 can be told not to look for overflow; a veto drops the step all the same."""
+    from lightning_tricks.strategies import zero
+
+    strategy, guard = zero(stage=int(run.engine[-1])), Guard(1)
+    strategy.config["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    options = {"precision": "bf16-mixed", "strategy": strategy, "callbacks": [guard]}
+    trainer = fit(run, Net(batches=3), Probe(), max_epochs=1, **options)
+    assert guard.applied == guard.moved == [True, False, True]
+    assert not getattr(trainer.strategy.model.optimizer, "check_grad_overflow", False)
+
+
+def vetoed_scaled(run):
+    """Under fp16 a veto leaves the loss scaler as it was, and a good step counts on."""
+    guard = Guard(1, 2)
+    trainer = fit(run, Net(batches=4, optimizer="sgd"), Probe(), max_epochs=1, callbacks=[guard], **fp16_options(run))
+    assert guard.applied == guard.moved == [True, False, False, True]
+    first, second, third, fourth = guard.scalers
+    assert first != second == third == fourth != scaler_state(trainer)
+
+
+def scaler_skips(run):
+    """Gradients that are not finite under fp16: the scaler skips and backs off, vetoed or not; the engine says so."""
+    states = []
+    for guard in (Guard(), Guard(99)):
+        module = PoisonedRank(batches=3, optimizer="sgd")
+        module.bad = 1
+        fit(run, module, Probe(), max_epochs=1, callbacks=[guard], **fp16_options(run))
+        assert guard.applied == guard.moved == [True, False, True]
+        assert guard.scalers[2] != guard.scalers[1]
+        states.append(guard.scalers)
+    assert states[0] == states[1]
+
+
+# -- norms of groups -----------------------------------------------------------------------------------------------
+
+
+def groups_of(module: nn.Module) -> dict[str, list[str]]:
+    """By top-level module, which is a partition; then a mixed bag, a repeated one and an empty one."""
+    groups: dict[str, list[str]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(name.partition(".")[0], []).append(name)
+    return groups | {"mixed": ["enter.weight", "head.bias"], "twice": ["head.bias"] * 2, "empty": []}
+
+
+class GroupNorms(Probe):
+    """Records the norms of groups, and holds them against the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[torch.Tensor] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        groups = groups_of(pl_module)
+        norms = engine_of(trainer).gradient_norms(optimizer, groups)
+        assert list(norms) == list(groups)
+        assert all(norm.dtype == torch.float32 and norm.shape == () for norm in norms.values())
+        whole_norm = torch.stack([norms[name] for name in ("enter", "blocks", "head") if name in norms]).norm()
+        assert abs(float(whole_norm) / self.norms[-1] - 1) < (2e-3 if optimizer_is_low(trainer) else 1e-5)
+        assert norms["empty"] == 0
+        self.groups.append(torch.stack(list(norms.values())))
+
+
+def optimizer_is_low(trainer) -> bool:
+    return "16" in str(trainer.precision)
+
+
+def group_norms(run):
+    """The norms of named groups of one device, after accumulation."""
+    probe = GroupNorms()
+    fit(run, Net(batches=6), probe, max_epochs=1, accumulate_grad_batches=2)
+    assert len(probe.groups) == 3
+    run.compare("group-norms", {"norms": torch.stack(probe.groups)}, 1e-5)
+
+
+def group_norms_frozen(run):
+    """Frozen parameters and those without a gradient count as zero; a name that is none is told."""
+    probe = GroupNorms()
+    trainer = fit(run, Adapted(batches=2), probe, max_epochs=1)
+    run.compare("group-norms-frozen", {"norms": torch.stack(probe.groups)}, 1e-5)
+    with pytest.raises(MisconfigurationError, match=r"`head.wight` is no parameter of \w*Adapted"):
+        engine_of(trainer).gradient_norms(trainer.optimizers[0], {"head": ["head.wight"]})
+
+
+def group_norms_low(run):
+    """In bf16 and, unscaled, in fp16."""
+    for options in ({"precision": "bf16-mixed"}, fp16_options(run)):
+        probe = GroupNorms()
+        fit(run, Net(batches=2, optimizer="sgd"), probe, max_epochs=1, **options)
+        run.compare(f"group-norms-{run_name(options)}", {"norms": torch.stack(probe.groups)}, 5e-2)
+
+
+def run_name(options: dict) -> str:
+    return "bf16" if options.get("precision") == "bf16-mixed" else "fp16"
+
+
+def group_norms_bad(run):
+    """NaN on one rank, and a vetoed step: not finite on any rank."""
+    seen = {}
+
+    class Asks(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            engine = engine_of(trainer)
+            if trainer.global_step == 2:
+                engine.veto_step(optimizer)
+            seen[trainer.global_step] = engine.gradient_norms(optimizer, {"head": ["head.weight"]})["head"]
+            if trainer.global_step == 1:
+                engine.veto_step(optimizer)
+
+    module = PoisonedRank(batches=3)
+    module.bad = 1
+    fit(run, module, Probe(), max_epochs=1, callbacks=[Asks()])
+    assert [bool(seen[step].isfinite()) for step in range(3)] == [True, False, False]
+
+
+# -- shards --------------------------------------------------------------------------------------------------------
+
+
+class Scored(Net):
+    """Keeps the loss of each validation, computed as the strategy computes."""
+
+    def validation_step(self, batch, index):
+        self.log("val", nn.functional.cross_entropy(self(batch[0]).float(), batch[1]), sync_dist=True)
+
+    def val_dataloader(self):
+        return loader(2)
+
+
+class Swap(L.Callback):
+    """Validates on the weights of the first step, and puts the raw ones back."""
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+        self.first: dict[str, torch.Tensor] = {}
+        self.full: dict[str, torch.Tensor] = {}
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):
+        if trainer.global_step == 1:
+            self.first = shards_of(trainer)
+            self.full = weights_of(trainer)
+            assert_tiled(trainer, self.first, self.full)
+
+    def on_validation_start(self, trainer, pl_module):
+        if self.active:
+            self.raw, self.raw_full = shards_of(trainer), weights_of(trainer)
+            engine_of(trainer).put_shards(self.first)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.losses.append(float(trainer.callback_metrics["val"]))
+        if self.active:
+            same(trained(trainer), self.full)
+            engine_of(trainer).put_shards(self.raw)
+            same(shards_of(trainer), self.raw)
+            same(trained(trainer), self.raw_full)
+
+
+def shards_of(trainer) -> dict[str, torch.Tensor]:
+    return {shard.name: shard.values.clone() for shard in engine_of(trainer).named_shards()}
+
+
+def trained(trainer) -> dict[str, torch.Tensor]:
+    names = {name for name, parameter in trainer.lightning_module.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in weights_of(trainer).items() if name in names}
+
+
+def same(values: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def assert_tiled(trainer, copies: dict[str, torch.Tensor], full: dict[str, torch.Tensor]) -> None:
+    """The ranks' shards together are the whole weights, each element once, or once a rank where ranks are replicas."""
+    engine = engine_of(trainer)
+    shards = {shard.name: shard for shard in engine.named_shards()}
+    assert shards.keys() == copies.keys() <= full.keys()
+    for name in trained(trainer):
+        total, count = torch.zeros(full[name].numel()), torch.zeros(full[name].numel())
+        if name in shards:
+            shard = shards[name]
+            assert shard.shape == full[name].shape
+            assert shard.values.dtype == torch.float32
+            total[shard.start : shard.stop] = copies[name]
+            count[shard.start : shard.stop] = 1
+        total, count = engine.sum_over_ranks(total), engine.sum_over_ranks(count)
+        copies_of_each = engine.world_size if engine.name in ("one_device", "ddp") else 1
+        assert (count == copies_of_each).all(), name
+        assert torch.equal(total / copies_of_each, full[name].flatten()), name
+
+
+def shards_swapped(run):
+    """Other weights for a validation, then the raw ones: scores are theirs, training goes on bit for bit."""
+    for precision, tolerance in (("32-true", 1e-5), ("bf16-mixed", 5e-3)):
+        swapped, plain = Swap(), Swap(active=False)
+        options = {"max_epochs": 2, "precision": precision}
+        first = fit(run, Scored(batches=4), Probe(), callbacks=[swapped], **options)
+        second = fit(run, Scored(batches=4), Probe(), callbacks=[plain], **options)
+        same(float_weights(first), float_weights(second))
+        net = Scored()
+        net.load_state_dict(swapped.full)
+        inputs, targets = loader(2).dataset.tensors
+        expected = float(nn.functional.cross_entropy(net(inputs), targets))
+        assert len(swapped.losses) == 2
+        assert all(abs(loss / expected - 1) < tolerance for loss in swapped.losses), (
+            precision,
+            swapped.losses,
+            expected,
+        )
+        assert all(abs(loss / expected - 1) > tolerance for loss in plain.losses), (precision, plain.losses, expected)
+
+
+def shards_frozen(run):
+    """Frozen parameters have no shards, and stay."""
+    module = Adapted(batches=2)
+    trainer = fit(run, module, Probe(), max_epochs=1)
+    shards = shards_of(trainer)
+    assert not any(name.startswith(("enter", "blocks.0")) for name in shards)
+    engine_of(trainer).put_shards({name: torch.full_like(value, 2.0) for name, value in shards.items()})
+    assert all((value == 2.0).all() for value in trained(trainer).values())
+    assert torch.equal(whole(module.enter.weight), Net().enter.weight)
+
+
+def shards_misfit(run):
+    """Values that do not fit on one rank are refused on every rank, and nothing is written."""
+    trainer = fit(run, Net(batches=1), Probe(), max_epochs=1)
+    before = weights_of(trainer)
+    for spoil in (lambda values: values.popitem(), lambda values: values.update(stranger=torch.zeros(1))):
+        values = {name: torch.zeros_like(value) for name, value in shards_of(trainer).items()}
+        if run.rank == run.world - 1:
+            spoil(values)
+        with pytest.raises(MisconfigurationError, match=r"do not fit: (those of another rank|`.*` is )"):
+            engine_of(trainer).put_shards(values)
+    same(weights_of(trainer), before)
+
+
+def shards_after_test(run):
+    """After an evaluation there are no masters: the shards are of the weights that the evaluation used."""
+    module = Net(batches=2)
+    trainer = fit(run, module, Probe(), max_epochs=1)
+    kept = trained(trainer)
+    score = trainer.test(module, verbose=False)[0]["test/loss"]
+    shards = shards_of(trainer)
+    engine_of(trainer).put_shards({name: torch.zeros_like(value) for name, value in shards.items()})
+    assert not any(value.any() for value in trained(trainer).values())
+    engine_of(trainer).put_shards(shards)
+    same(trained(trainer), kept)
+    path = run.path("after-test.safetensors")
+    engine_of(trainer).save_weights(path)
+    engine_of(trainer).put_shards({name: torch.zeros_like(value) for name, value in shards.items()})
+    engine_of(trainer).load_weights(path)
+    same(trained(trainer), kept)
+    assert trainer.test(module, verbose=False)[0]["test/loss"] == score
+
+
+def shards_cut_otherwise(run):
+    """A parameter cut along another dimension has no place in the flattened whole: refused by name."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=run.world, tensor_parallel_size=1)
+    trainer = fit(run, CutAcross(batches=1), Probe(), max_epochs=1, strategy=strategy)
+    with pytest.raises(
+        UnsupportedError, match=r"`enter.weight` is not cut along its first .* `named_full_weights\(\)`"
+    ):
+        shards_of(trainer)
+    assert weights_of(trainer)["enter.weight"].shape == (11, 6)
+
+
+class CutAcross(Net):
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard
+
+        mesh = self.device_mesh["data_parallel"]
+        fully_shard(self.enter, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+        for module in (*self.blocks, self.head):
+            fully_shard(module, mesh=mesh)
+
+
+def offloaded(run):
+    """With the optimizer on the CPU: norms of groups, a veto and a swap all the same."""
+    from lightning_tricks.strategies import zero
+
+    norms, swap = GroupNorms(), Swap()
+    for callbacks, batches in (([norms], 2), ([swap], 4), ([guard := Guard(1)], 3)):
+        strategy = zero(stage=int(run.engine[-1]))
+        strategy.config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        trainer = fit(run, Scored(batches=batches), Probe(), max_epochs=1, strategy=strategy, callbacks=callbacks)
+        optimizer = trainer.strategy.model.optimizer
+        assert optimizer.offload_optimizer if run.engine == "zero_3" else optimizer.cpu_offload
+    assert len(norms.groups) == 2
+    assert len(swap.losses) == 1
+    assert guard.applied == guard.moved == [True, False, True]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy
+from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._deepspeed import PRIVATE
-from lightning_tricks.engines._fsdp2_strategy import find_blocks
 from lightning_tricks.engines._machine import refuse_oversubscription
 from lightning_tricks.errors import MisconfigurationError, MissingDependencyError
 from tests.engines.checks import Block, Net

@@ -4,15 +4,25 @@ import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy
-from lightning_tricks.strategies import PRESETS, fsdp2, register, zero
+from lightning_tricks.strategies import PRESETS, flags, fsdp2, register, zero
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not run: needs DeepSpeed")
 
 
-def test_every_preset_is_registered_with_its_line():
-    for flag, preset in PRESETS.items():
+def test_every_flag_is_registered_with_its_line():
+    assert set(PRESETS) < set(flags())
+    for flag, preset in flags().items():
         assert StrategyRegistry[flag]["description"] == preset.doc
         assert StrategyRegistry[flag]["init_params"] == preset.arguments
+
+
+@pytest.mark.parametrize("flag", PRESETS)
+def test_every_preset_has_a_flag_for_each_precision(flag):
+    for suffix, precision in {"bf16": "bf16-mixed", "fp16": "16-mixed"}.items():
+        preset = flags()[f"{flag}_{suffix}"]
+        assert preset.function is PRESETS[flag].function
+        assert preset.arguments == {**PRESETS[flag].arguments, "precision": precision}
+        assert precision in preset.doc
 
 
 def test_registering_again_changes_nothing():

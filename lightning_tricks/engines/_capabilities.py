@@ -1,0 +1,265 @@
+"""What each engine does exactly, what it refuses and why: data, of which errors and `docs/engines.md` are made."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_tricks.errors import MisconfigurationError, UnsupportedError
+
+__all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capability_tables", "refusal"]
+
+_TORCH = ("one_device", "ddp", "fsdp2")
+_ZERO = ("zero_1", "zero_2", "zero_3")
+ENGINES = (*_TORCH, *_ZERO)
+_NORMS = ("clip_gradient_norm", "gradient_norm", "gradient_norms", "veto_step")
+_SHARDS = ("named_shards", "put_shards")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that an engine does not do, since it could not do it exactly.
+
+    Args:
+        engines: the names of the engines that refuse.
+        methods: the methods of `Engine` that raise.
+        what: what cannot be done.
+        where: the circumstances; names in braces are filled in when it is raised.
+        reason: why, as a clause.
+        instead: what to use instead, as an imperative clause.
+    """
+
+    engines: tuple[str, ...]
+    methods: tuple[str, ...]
+    what: str
+    where: str
+    reason: str
+    instead: str
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What one method of `Engine` does on one engine.
+
+    Args:
+        method: the method's name.
+        phase: when it may be called.
+        collective: which ranks must call it together.
+        exact: what the answer is.
+        refused: what it does not do.
+    """
+
+    method: str
+    phase: str
+    collective: str
+    exact: str
+    refused: tuple[Refusal, ...]
+
+
+REFUSALS = {
+    "closure": Refusal(
+        ENGINES,
+        _NORMS,
+        "The gradient norm",
+        "LBFGS",
+        "one step evaluates several gradients",
+        "use a first-order optimizer",
+    ),
+    "fused_scaler": Refusal(
+        _TORCH,
+        _NORMS,
+        "The gradient norm",
+        "{engine} with precision '16-mixed'",
+        "a fused {optimizer} unscales its gradients inside its step",
+        "pass `fused=False` to the optimizer, or use `precision='bf16-mixed'`",
+    ),
+    "no_norm": Refusal(
+        ("zero_1", "zero_2"),
+        _NORMS,
+        "The gradient norm",
+        "ZeRO with `compute_grad_norm: false`",
+        "its step asks for no norm, so nothing can be clipped or dropped there",
+        "leave `compute_grad_norm` out of the DeepSpeed configuration",
+    ),
+    "private": Refusal(
+        _ZERO,
+        _NORMS,
+        "The gradient norm",
+        "DeepSpeed {version}",
+        "its {optimizer} has no `{name}`",
+        "install the DeepSpeed of constraints.txt, or set no `data_types` in its configuration",
+    ),
+    "state": Refusal(
+        ENGINES,
+        ("load_weights", "named_full_weights", "save_weights"),
+        "Saving weights",
+        "{engine}",
+        "the module's state dict holds `{name}`, which is neither a parameter nor a buffer",
+        "register it with `register_buffer`",
+    ),
+    "tensor_parallel": Refusal(
+        ("fsdp2",),
+        _SHARDS,
+        "Reading a rank's part of the weights",
+        "fsdp2 with tensor parallelism",
+        "`{name}` is not cut along its first dimension alone",
+        "use `named_full_weights()`, or shard with FSDP2 alone",
+    ),
+    "nvme": Refusal(
+        ("zero_3",),
+        _SHARDS,
+        "Reading a rank's part of the weights",
+        "zero_3 with its optimizer on NVMe",
+        "the masters are swapped out",
+        "offload the optimizer to the CPU",
+    ),
+}
+
+# method: phase, collective, then what it is on one device and DDP, on FSDP2, and on ZeRO
+_METHODS = {
+    "claim_gradient_clipping": (
+        "setup",
+        "no",
+        "refuses `gradient_clip_val` and a second claim",
+        "as on one device",
+        "also refuses the DeepSpeed configuration's clipping",
+    ),
+    "is_optimizer_step": ("before a step", "no", "yes", "yes", "yes with our flags; DeepSpeed's answer otherwise"),
+    "gradient_norm": (
+        "before a step",
+        "yes",
+        "norm of what DDP averaged",
+        "shards' squares summed in fp64",
+        "DeepSpeed's own, which the step then reuses",
+    ),
+    "gradient_norms": (
+        "before a step",
+        "yes",
+        "norms of groups of parameters",
+        "shards' squares summed in fp64, in one reduction",
+        "of the gradients that each rank keeps, in one reduction",
+    ),
+    "clip_gradient_norm": (
+        "before a step",
+        "yes",
+        "scales gradients in place",
+        "scales shards in place",
+        "sets the limit of this one step; waits for the norm, as the step would",
+    ),
+    "veto_step": (
+        "before a step",
+        "all ranks or none",
+        "takes the gradients away and keeps the scaler's count",
+        "as on one device",
+        "makes the norm that the step asks for infinite and keeps the loss scale",
+    ),
+    "was_step_applied": (
+        "after a step",
+        "no",
+        "whether the optimizer ran on gradients",
+        "as on one device",
+        "DeepSpeed's answer",
+    ),
+    "named_full_weights": (
+        "between steps",
+        "yes",
+        "a copy of one tensor at a time",
+        "one tensor gathered at a time",
+        "one fp32 master gathered at a time",
+    ),
+    "save_weights": (
+        "between steps",
+        "yes",
+        "streamed to one file",
+        "streamed to one file",
+        "streamed to one file, fp32 masters",
+    ),
+    "load_weights": (
+        "between steps",
+        "yes",
+        "copies",
+        "each rank reads its rows",
+        "each rank reads its elements; low-precision copies are refreshed",
+    ),
+    "named_shards": (
+        "between steps",
+        "no",
+        "every parameter whole",
+        "this rank's rows",
+        "this rank's stretch of the fp32 masters",
+    ),
+    "put_shards": (
+        "between steps",
+        "yes",
+        "copies",
+        "writes this rank's rows",
+        "writes the masters; low-precision copies are refreshed",
+    ),
+    "sum_over_ranks": ("once training runs", "yes", "a sum", "a sum", "a sum"),
+    "broadcast": ("once training runs", "yes", "rank 0's value, or another's", "the same", "the same"),
+    "barrier": ("once training runs", "yes", "waits", "waits", "waits"),
+}
+_GENERIC = {"engine": "this engine", "optimizer": "optimizer", "name": "…", "version": "of another version"}
+
+
+def capabilities(engine: str) -> tuple[Capability, ...]:
+    """What each method of `Engine` does on an engine, and what is refused there.
+
+    Args:
+        engine: `one_device`, `ddp`, `fsdp2`, `zero_1`, `zero_2` or `zero_3`.
+
+    Raises:
+        MisconfigurationError: if there is no such engine.
+
+    Example:
+        >>> {entry.method: entry.exact for entry in capabilities("fsdp2")}["named_shards"]
+        "this rank's rows"
+    """
+    if engine not in ENGINES:
+        raise MisconfigurationError(f"there is no engine `{engine}`: choose one of {', '.join(ENGINES)}.")
+    column = 4 if engine in _ZERO else 3 if engine == "fsdp2" else 2
+    return tuple(
+        Capability(
+            method,
+            words[0],
+            words[1],
+            words[column],
+            tuple(entry for entry in REFUSALS.values() if engine in entry.engines and method in entry.methods),
+        )
+        for method, words in _METHODS.items()
+    )
+
+
+def refusal(key: str, **names: Any) -> UnsupportedError:
+    """The error of a refusal, its names filled in.
+
+    Example:
+        >>> refusal("closure").instead
+        'use a first-order optimizer'
+    """
+    entry = REFUSALS[key]
+    return UnsupportedError(entry.what, entry.where.format(**names), entry.reason.format(**names), entry.instead)
+
+
+def capability_tables() -> str:
+    """The two tables of `docs/engines.md`, in Markdown."""
+    columns = [capabilities(engine) for engine in ("one_device", "fsdp2", "zero_3")]
+    exact = [
+        _row(f"`{plain.method}`", plain.phase, plain.collective, plain.exact, fsdp2.exact, zero.exact)
+        for plain, fsdp2, zero in zip(*columns, strict=True)
+    ]
+    refused = [
+        _row(
+            ", ".join(f"`{method}`" for method in entry.methods),
+            "all" if entry.engines == ENGINES else ", ".join(entry.engines),
+            entry.where.format(**_GENERIC),
+            entry.reason.format(**_GENERIC),
+            entry.instead,
+        )
+        for entry in REFUSALS.values()
+    ]
+    first = [_row("method", "phase", "collective", "one device, DDP", "FSDP2", "ZeRO 1-3"), "|---" * 6 + "|", *exact]
+    second = [_row("methods", "engines", "refused with", "because", "instead"), "|---" * 5 + "|", *refused]
+    return "\n".join([*first, "", *second, ""])
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

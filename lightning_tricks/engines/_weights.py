@@ -1,0 +1,209 @@
+"""What all engines share about ranks and weights: who they are, weights to a file and back, a rank's part of them."""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._ranks import sum_over_ranks
+from lightning_tricks.engines._shards import Shard, misfit
+from lightning_tricks.errors import CheckpointError, MisconfigurationError
+from lightning_tricks.storage import WeightsFile, write_weights
+
+__all__ = ["Entry", "WeightsEngine"]
+
+T = TypeVar("T")
+_COMPILED = "_orig_mod."
+
+
+class Entry(NamedTuple):
+    """One entry of a checkpoint: its plain name, and the module's own parameter or buffer."""
+
+    name: str
+    tensor: Tensor
+
+
+class WeightsEngine:
+    """The part of the `Engine` protocol about ranks and weights that does not depend on how parameters are laid out.
+
+    A subclass says how one tensor is read whole (`_layout`, `_whole`), which part of it this rank holds (`_part`), and
+    how both are written (`_write`, `_put`, `_publish`).
+
+    Args:
+        trainer: the Trainer; held weakly, so that an engine never keeps a model alive.
+        name: the engine's name.
+    """
+
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        self._reference = weakref.ref(trainer)
+        self._name = name
+
+    # -- who we are --------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        return self._name
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return int(self._trainer.global_rank)
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return int(self._trainer.world_size)
+
+    @property
+    def _trainer(self) -> Trainer:
+        trainer = self._reference()
+        if trainer is None:
+            raise MisconfigurationError("The Trainer of this engine is gone: call `engine_of(trainer)` again.")
+        return trainer
+
+    @property
+    def _module(self) -> LightningModule:
+        return self._trainer.lightning_module
+
+    @property
+    def _device(self) -> torch.device:
+        return self._trainer.strategy.root_device
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The entries of a checkpoint, whole, one at a time, on the CPU."""
+        for entry in self._entries():
+            yield entry.name, self._whole(entry.tensor).detach().to("cpu", copy=True)
+
+    def save_weights(self, path: Path, metadata: dict[str, str] | None = None) -> None:
+        """Stream the weights into one file, written by rank 0. A failure there is raised on every rank."""
+        layout = {entry.name: self._layout(entry.tensor) for entry in self._entries()}
+        weights, failure = self.named_full_weights(), None
+        if self.rank == 0:
+            try:
+                write_weights(path, layout, weights, metadata)
+            except Exception as error:  # raised below, once no other rank waits for this one
+                failure = error
+        for _ in weights:
+            continue
+        message = self.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise CheckpointError(f"rank 0 could not write {path}: {message}")
+
+    def load_weights(self, path: Path) -> None:
+        """Put the weights of a file written by `save_weights` back."""
+        file, entries = WeightsFile(path), self._entries()
+        self._refuse_mismatch(file, entries)
+        self._before_writing()
+        with torch.no_grad():
+            for entry in entries:
+                self._write(entry, file)
+            self._publish()
+        self.barrier()
+
+    def named_shards(self) -> Iterator[Shard]:
+        """This rank's parts of the trained parameters' masters."""
+        for entry in self._trained():
+            part = self._part(entry)
+            if part is not None and part[0].numel():
+                yield Shard(entry.name, part[0], part[1], self._layout(entry.tensor)[1])
+
+    def put_shards(self, values: Mapping[str, Tensor]) -> None:
+        """Write this rank's parts back, and let the model compute with them."""
+        problem = misfit(self.named_shards(), values)
+        if self.sum_over_ranks(torch.tensor(float(problem is not None))) > 0:
+            raise MisconfigurationError(
+                f"The shards to put do not fit: {problem or 'those of another rank'}. Put what `named_shards()` gives"
+                " on this very rank, under the same names."
+            )
+        self._before_writing()
+        with torch.no_grad():
+            for entry in self._trained():
+                if entry.name in values:
+                    self._put(entry, values[entry.name].detach())
+            self._publish()
+
+    def _trained(self) -> list[Entry]:
+        """The parameters in training, each once, under plain names."""
+        named = [(name.replace(_COMPILED, ""), parameter) for name, parameter in self._module.named_parameters()]
+        return [Entry(name, parameter) for name, parameter in named if parameter.requires_grad]
+
+    def _entries(self) -> list[Entry]:
+        """The module's state dict as references to its own tensors, under plain names."""
+        keys = [key.replace(_COMPILED, "") for key in self._state_keys()]
+        own: dict[str, Tensor] = dict(self._module.named_buffers(remove_duplicate=False))
+        own = {name.replace(_COMPILED, ""): tensor for name, tensor in own.items()}
+        own.update(self._named_parameters())
+        for key in keys:
+            if key not in own:
+                raise refusal("state", engine=self.name, name=key)
+        return [Entry(key, own[key]) for key in keys]
+
+    def _state_keys(self) -> list[str]:
+        return list(self._module.state_dict())
+
+    def _refuse_mismatch(self, file: WeightsFile, entries: list[Entry]) -> None:
+        expected = {entry.name: self._layout(entry.tensor)[1] for entry in entries}
+        for name in [*expected, *file.names]:
+            present = file.layout[name][1] if name in file.layout else None
+            if present != expected.get(name):
+                raise CheckpointError(
+                    f"{file.path} does not fit {type(self._module).__name__}: `{name}` is {_describe(present)} in the"
+                    f" file and {_describe(expected.get(name))} in the module. Load a file of this very model."
+                )
+
+    # -- ranks -------------------------------------------------------------------------------------------------
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all ranks."""
+        return sum_over_ranks(tensor, self._device)
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The `value` of rank `source`, on every rank."""
+        return self._trainer.strategy.broadcast(value, source)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._trainer.strategy.barrier()
+
+    # -- what a subclass says ----------------------------------------------------------------------------------
+
+    def _layout(self, tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The dtype and shape that `_whole` will give, without communicating."""
+        return tensor.dtype, tuple(tensor.shape)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _write(self, entry: Entry, file: WeightsFile) -> None:
+        entry.tensor.copy_(file.tensor(entry.name))
+
+    def _part(self, entry: Entry) -> tuple[Tensor, int] | None:
+        """This rank's stretch of the flattened master and where it begins; None if it holds nothing of it."""
+        return entry.tensor.detach().reshape(-1), 0
+
+    def _put(self, entry: Entry, values: Tensor) -> None:
+        entry.tensor.copy_(values.reshape(entry.tensor.shape))
+
+    def _before_writing(self) -> None:
+        """Drop whole copies that would stay as they were."""
+
+    def _publish(self) -> None:
+        """Bring low-precision and gathered copies up to date after `_write`."""
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        parameters = self._module.named_parameters(remove_duplicate=False)
+        return {name.replace(_COMPILED, ""): parameter for name, parameter in parameters}
+
+
+def _describe(shape: Any) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"

@@ -1,0 +1,145 @@
+"""What a ZeRO optimizer does with its gradients in the coming step: read before it, and steered within it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._ranks import sum_over_ranks
+
+__all__ = ["PRIVATE", "StepGradients"]
+
+PRIVATE = {
+    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
+        "_update_scale",
+        "get_param_id",
+        "scaled_global_norm",
+        "update_lp_params",
+    ),
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
+        "_get_norm_groups",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_update_scale",
+        "get_param_id",
+        "invalidate_secondary_tensor",
+    ),
+    "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": ("partition_all_parameters",),
+}
+
+
+class StepGradients:
+    """Reads a ZeRO optimizer's norm before its step, lets that step reuse it, and clips or drops that step alone.
+
+    DeepSpeed asks for the norm once within `step()`, and drops a step whose norm is not finite. This takes the place
+    of the method that it asks. Where DeepSpeed has found non-finite gradients before, it drops the step by itself and
+    does not ask.
+
+    Args:
+        engine: the DeepSpeed engine.
+        stage: 1, 2 or 3.
+    """
+
+    def __init__(self, engine: Any, stage: int) -> None:
+        self.engine = engine
+        self._optimizer = engine.optimizer
+        self._stage = stage
+        method = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+        self._compute = _private(self._optimizer, method)
+        self._update_scale = _private(self._optimizer, "_update_scale")
+        _refuse_steps_without_a_norm(self._optimizer)
+        setattr(self._optimizer, method, self._within_step)
+        self._optimizer._update_scale = self._after_norm
+        self._known: tuple[int, Any] = (-1, None)
+        self._limit: tuple[int, float] = (-1, 0.0)
+        self._vetoed = -1
+        self._restore: dict[str, Any] | None = None
+
+    def norm(self) -> Tensor:
+        """The unscaled global norm; not a number where DeepSpeed marks a non-finite one by -1."""
+        result = self._compute()
+        self._known = (self.engine.global_steps, result)
+        if self._stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            result = combine_grad_norm_groups(result)
+        scaled = torch.as_tensor(result).float().reshape(())
+        return torch.where(scaled < 0, torch.nan, scaled) / float(self._optimizer.loss_scale)
+
+    def group_norms(self, groups: list[list[Tensor]], device: torch.device) -> Tensor:
+        """The unscaled norm of each group of parameters, in one reduction."""
+        parts = self._local_norms()
+        found = [[parts[id(parameter)] for parameter in group if id(parameter) in parts] for group in groups]
+        none = torch.zeros((), dtype=torch.float64, device=device)
+        squares = [torch.stack(group).double().square().sum().to(device) if group else none for group in found]
+        return (sum_over_ranks(torch.stack(squares), device).sqrt() / float(self._optimizer.loss_scale)).float()
+
+    def _local_norms(self) -> dict[int, Tensor]:
+        """id(parameter) -> the scaled norm of the part of its gradient that this rank holds."""
+        optimizer = self._optimizer
+        held = optimizer.fp16_groups if self._stage == 3 else optimizer.params_in_partition
+        if optimizer.offload_optimizer if self._stage == 3 else optimizer.cpu_offload:
+            known = optimizer.norm_for_param_grads
+            keys = {id(parameter): optimizer.get_param_id(parameter) for group in held for parameter in group}
+            return {own: torch.as_tensor(known[key]).float() for own, key in keys.items() if key in known}
+        pairs = [
+            pair for index, group in enumerate(held) for pair in _paired(group, optimizer.averaged_gradients[index])
+        ]
+        if not pairs:
+            return {}
+        norms = torch._foreach_norm([gradient for _, gradient in pairs], 2, dtype=torch.float32)
+        return {id(parameter): norm for (parameter, _), norm in zip(pairs, norms, strict=True)}
+
+    def clip(self, limit: float) -> None:
+        """Let the coming step clip at `limit`, and only that one."""
+        self._limit = (self.engine.global_steps, limit)
+
+    def veto(self) -> None:
+        """Let the coming step be dropped, and only that one."""
+        self._vetoed = self.engine.global_steps
+
+    def _within_step(self, *args: Any, **kwargs: Any) -> Any:
+        step = self.engine.global_steps
+        self._optimizer.clip_grad = self._limit[1] if self._limit[0] == step else self.engine.gradient_clipping()
+        norm = self._known[1] if self._known[0] == step else self._compute(*args, **kwargs)
+        return self._infinite(norm) if self._vetoed == step else norm
+
+    def _infinite(self, norm: Any) -> Any:
+        """The norm of a step to drop. ZeRO-1 and 2 honour it in bf16 only while they check gradients for overflow."""
+        self._restore = {}
+        if hasattr(self._optimizer, "check_grad_overflow"):
+            self._restore["check_grad_overflow"] = self._optimizer.check_grad_overflow
+            self._optimizer.check_grad_overflow = True
+        if self._stage == 3:
+            return [torch.full_like(torch.as_tensor(group), torch.inf) for group in norm]
+        return torch.full_like(torch.as_tensor(norm), torch.inf)
+
+    def _after_norm(self, overflow: bool) -> None:
+        """DeepSpeed's next act: the loss scale follows the gradients, and a veto says nothing about those."""
+        if self._restore is None:
+            self._update_scale(overflow)
+            return
+        for name, value in self._restore.items():
+            setattr(self._optimizer, name, value)
+        self._restore = None
+
+
+def _paired(parameters: list[Any], gradients: list[Any]) -> Iterator[tuple[Any, Tensor]]:
+    """Parameters with their gradients; DeepSpeed puts zeros between them, which it marks, and after them."""
+    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+    return zip(parameters, real, strict=False)
+
+
+def _private(optimizer: Any, name: str) -> Any:
+    if not hasattr(optimizer, name):
+        import deepspeed
+
+        raise refusal("private", version=deepspeed.__version__, optimizer=type(optimizer).__name__, name=name)
+    return getattr(optimizer, name)
+
+
+def _refuse_steps_without_a_norm(optimizer: Any) -> None:
+    if not getattr(optimizer, "compute_grad_norm", True):
+        raise refusal("no_norm")
