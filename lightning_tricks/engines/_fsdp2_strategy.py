@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities.init import _materialize_distributed_module
@@ -19,11 +20,13 @@ from lightning_tricks.engines._activation_checkpointing import (
     refuse_activation_checkpointing,
 )
 from lightning_tricks.engines._blocks import find_blocks
-from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
+from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["FSDP2Strategy"]
+
+_OFFLOADED: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()  # the modules sharded here
 
 
 class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
@@ -38,6 +41,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
             `_no_split_modules`, else the items of any `ModuleList` whose class occurs in it at least twice.
         activation_checkpointing: `"blocks"` keeps the inputs of those blocks only, and computes the rest again in the
             backward pass.
+        offload: `"cpu"` keeps the shards of parameters, gradients and optimizer state in the host's memory, where the
+            optimizer steps; a block's parameters visit the device.
         precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
 
     Raises:
@@ -52,15 +57,18 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         *,
         shard: Sequence[str] = (),
         activation_checkpointing: Literal["blocks"] | None = None,
+        offload: Literal["cpu"] | None = None,
         precision: Mixed | None = None,
     ) -> None:
         if isinstance(shard, str):
             raise MisconfigurationError(f"`shard` must be a list of class names, got {shard!r}: write [{shard!r}].")
         refuse_activation_checkpointing(activation_checkpointing)
+        refuse_offload(offload)
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
         self._bring_precision(precision)
         self.shard = tuple(shard)
         self.activation_checkpointing = activation_checkpointing
+        self.offload = offload
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -68,6 +76,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         """Start the process group with all processes in one data-parallel dimension."""
         refuse_oversubscription(self)
         self._data_parallel_size = self.num_nodes * self.num_processes
+        if self.offload is not None and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # whole weights and norms are gathered on the host
         super().setup_environment()
 
     # -- the module ------------------------------------------------------------------------------------------------
@@ -79,34 +89,48 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
         self._shard(self.model, checkpointed=fitting and self.activation_checkpointing is not None)
         _materialize_distributed_module(self.model, self.root_device)
-        self.model_to_device()
+        if self.offload is None:  # else `fully_shard` has put everything in its place
+            self.model_to_device()
         self.barrier()
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if fitting:
+        if fitting and self.offload is None:
             _optimizers_to_device(self.optimizers, self.root_device)
 
     def _shard(self, module: nn.Module, checkpointed: bool) -> None:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         if any(isinstance(part, FSDPModule) for part in module.modules()):
-            if checkpointed and not checkpoints_blocks(module):
-                raise MisconfigurationError(
-                    f"{type(module).__name__} shards itself: there `activation_checkpointing='blocks'` comes too late."
-                    " Leave it out, and call `torch.utils.checkpoint.checkpoint` in the module."
-                )
+            self._refuse_late_options(module, checkpointed)
             return
         if checkpointed:  # before the sharding: a block computed again gathers its parameters again
             checkpoint_blocks(module, self.shard)
         blocks = find_blocks(module, self.shard)
         self._broadcast_from_rank_zero(module)
-        mesh, dtypes = self.device_mesh["data_parallel"], _dtypes(str(self.precision_plugin.precision))
+        dtypes = _dtypes(str(self.precision_plugin.precision))
+        common = {"mesh": self.device_mesh["data_parallel"], "offload_policy": self._offload_policy()}
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
+            fully_shard(block, **common, mp_policy=MixedPrecisionPolicy(**dtypes))
         # The module's own inputs are batches: targets and all are left as they are.
         policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(module, **common, mp_policy=policy, reshard_after_forward=False)
+        _OFFLOADED[module] = self.offload
+
+    def _refuse_late_options(self, module: nn.Module, checkpointed: bool) -> None:
+        late = ["activation_checkpointing='blocks'"] if checkpointed and not checkpoints_blocks(module) else []
+        late += [f"offload={self.offload!r}"] if _OFFLOADED.get(module) != self.offload else []
+        if late:
+            raise MisconfigurationError(
+                f"{type(module).__name__} is sharded already, by itself or by an earlier fit: `{late[0]}` comes too"
+                " late. Choose it where the module is sharded first."
+            )
+
+    def _offload_policy(self) -> Any:
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+        on_gpu = self.root_device.type == "cuda"
+        return OffloadPolicy() if self.offload is None else CPUOffloadPolicy(pin_memory=on_gpu)
 
     def _broadcast_from_rank_zero(self, module: nn.Module) -> None:
         """`fully_shard` keeps each rank's own values, one shard from each: they must come from one initialisation."""

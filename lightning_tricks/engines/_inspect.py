@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_tricks.engines._consolidate import find_weights, zero_files
+from lightning_tricks.engines._consolidate import find_weights
 from lightning_tricks.engines._read import explained
 from lightning_tricks.engines._skim import Inert, skim
+from lightning_tricks.engines._zero_files import zero_files
 from lightning_tricks.storage import WeightsFile
 
 __all__ = ["CheckpointFacts", "inspect_checkpoint"]

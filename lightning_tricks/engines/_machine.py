@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.storage._atomic import partial_name, publish_folder
 
-__all__ = ["refuse_oversubscription", "save_folder"]
+__all__ = ["refuse_offload", "refuse_oversubscription", "save_folder"]
 
 
 def refuse_oversubscription(strategy: ParallelStrategy) -> None:
@@ -21,6 +21,12 @@ def refuse_oversubscription(strategy: ParallelStrategy) -> None:
             f"`devices={processes}` asks for {processes} processes, but this machine has {cores} CPU core"
             f"{'' if cores == 1 else 's'} for this program: ask for `devices={cores}` or fewer."
         )
+
+
+def refuse_offload(value: object) -> None:
+    """Refuse any value of the option but None and `"cpu"`."""
+    if value not in (None, "cpu"):
+        raise MisconfigurationError(f"`offload` must be 'cpu' or None, got {value!r}.")
 
 
 def save_folder(strategy: ParallelStrategy, path: Path, write: Callable[[Path], None]) -> None:

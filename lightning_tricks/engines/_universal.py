@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from lightning_tricks.engines._consolidate import find_weights, zero_files, zero_folder
+from lightning_tricks.engines._consolidate import find_weights
 from lightning_tricks.engines._skim import Inert
+from lightning_tricks.engines._zero_files import zero_files, zero_folder
 from lightning_tricks.errors import CheckpointError
 
 __all__ = ["convert_for_other_ranks", "loads_universal", "restore_the_rest"]

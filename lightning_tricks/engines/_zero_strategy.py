@@ -22,7 +22,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
-from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
+from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
@@ -56,6 +56,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             parameters, but no less than 2**20 (or all of them) and no more than 2e8.
         activation_checkpointing: `"blocks"` keeps the inputs of the module's repeated blocks only, and computes the
             rest again in the backward pass.
+        offload: `"cpu"` keeps the optimizer state and the fp32 masters in the host's memory, where the optimizer steps;
+            at stage 3 the parts of the parameters as well.
         precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
 
     Raises:
@@ -74,17 +76,26 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         stage: Literal[1, 2, 3] = 2,
         bucket_size: int | Literal["auto"] = "auto",
         activation_checkpointing: Literal["blocks"] | None = None,
+        offload: Literal["cpu"] | None = None,
         precision: Mixed | None = None,
     ) -> None:
         _refuse_options(stage, bucket_size)
         refuse_activation_checkpointing(activation_checkpointing)
+        refuse_offload(offload)
         _require_deepspeed()
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is first imported
-        super().__init__(stage=stage, logging_level=logging.ERROR)
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload is not None,
+            offload_parameters=offload is not None and stage == 3,
+            pin_memory=offload is not None and torch.cuda.is_available(),
+            logging_level=logging.ERROR,
+        )
         self._bring_precision(precision)
         self.bucket_size = bucket_size
         self.activation_checkpointing = activation_checkpointing
+        self.offload = offload
         self._engine_hooks: list[tuple[dict[int, Any], int]] = []
 
     # -- accumulation: Lightning counts, DeepSpeed is told ---------------------------------------------------------

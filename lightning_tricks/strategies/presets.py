@@ -34,6 +34,7 @@ def zero(
     stage: Literal[1, 2, 3] = 2,
     bucket_size: int | Literal["auto"] = "auto",
     activation_checkpointing: Literal["blocks"] | None = None,
+    offload: Literal["cpu"] | None = None,
     precision: Literal["bf16-mixed", "16-mixed"] | None = None,
 ) -> ZeroStrategy:
     """DeepSpeed ZeRO: optimizer state, gradients and parameters divided over the ranks, on GPU and on CPU.
@@ -45,6 +46,8 @@ def zero(
         bucket_size: elements (1 to about 2e8) reduced or gathered at once; `"auto"` scales it to the model.
         activation_checkpointing: `"blocks"` computes the model's repeated blocks again in the backward pass, instead
             of keeping what they computed.
+        offload: `"cpu"` keeps optimizer state and fp32 master weights in the host's memory, and updates them there; at
+            stage 3 the parameters as well.
         precision: what the Trainer's `precision` is to be; `None` leaves it to the Trainer.
 
     Raises:
@@ -62,7 +65,11 @@ def zero(
         Rajbhandari et al.: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (SC 2020).
     """
     return ZeroStrategy(
-        stage=stage, bucket_size=bucket_size, activation_checkpointing=activation_checkpointing, precision=precision
+        stage=stage,
+        bucket_size=bucket_size,
+        activation_checkpointing=activation_checkpointing,
+        offload=offload,
+        precision=precision,
     )
 
 
@@ -70,6 +77,7 @@ def fsdp2(
     *,
     shard: Sequence[str] = (),
     activation_checkpointing: Literal["blocks"] | None = None,
+    offload: Literal["cpu"] | None = None,
     precision: Literal["bf16-mixed", "16-mixed"] | None = None,
 ) -> FSDP2Strategy:
     """Fully sharded data parallelism (FSDP2) of an unchanged LightningModule, on GPU and on CPU.
@@ -79,6 +87,7 @@ def fsdp2(
             items of any `ModuleList` whose class occurs in it at least twice.
         activation_checkpointing: `"blocks"` computes those blocks again in the backward pass, instead of keeping what
             they computed.
+        offload: `"cpu"` keeps parameters, gradients and optimizer state in the host's memory, and updates them there.
         precision: what the Trainer's `precision` is to be; `None` leaves it to the Trainer.
 
     Raises:
@@ -92,16 +101,29 @@ def fsdp2(
     References:
         Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
     """
-    return FSDP2Strategy(shard=shard, activation_checkpointing=activation_checkpointing, precision=precision)
+    return FSDP2Strategy(
+        shard=shard, activation_checkpointing=activation_checkpointing, offload=offload, precision=precision
+    )
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "fsdp2": Preset(fsdp2, {}, "FSDP2: parameters, gradients and optimizer state divided over the ranks."),
+        "fsdp2_offload": Preset(fsdp2, {"offload": "cpu"}, "FSDP2, its shards kept and updated in the host's memory."),
         "zero_1": Preset(zero, {"stage": 1}, "DeepSpeed ZeRO-1: optimizer state divided over the ranks."),
         "zero_2": Preset(zero, {"stage": 2}, "DeepSpeed ZeRO-2: optimizer state and gradients divided over the ranks."),
+        "zero_2_offload": Preset(
+            zero,
+            {"stage": 2, "offload": "cpu"},
+            "DeepSpeed ZeRO-2, optimizer state kept and updated in the host's memory.",
+        ),
         "zero_3": Preset(
             zero, {"stage": 3}, "DeepSpeed ZeRO-3: optimizer state, gradients and parameters divided over the ranks."
+        ),
+        "zero_3_offload": Preset(
+            zero,
+            {"stage": 3, "offload": "cpu"},
+            "DeepSpeed ZeRO-3, parameters and optimizer state kept in the host's memory and updated there.",
         ),
     }
 )

@@ -25,9 +25,12 @@ ENGINES = {
     "one_device": ("auto", 1),
     "ddp": ("ddp", 2),
     "fsdp2": ("fsdp2", 2),
+    "fsdp2_offload": ("fsdp2_offload", 2),
     "zero_1": ("zero_1", 2),
     "zero_2": ("zero_2", 2),
+    "zero_2_offload": ("zero_2_offload", 2),
     "zero_3": ("zero_3", 2),
+    "zero_3_offload": ("zero_3_offload", 2),
 }
 PRECISIONS = ("32-true", "bf16-mixed")
 REFERENCE = "one_device"

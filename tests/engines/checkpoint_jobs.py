@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_tricks.engines import whole
-from lightning_tricks.engines._consolidate import _flat_groups, zero_files
+from lightning_tricks.engines._zero_files import _flat_groups, zero_files
 from lightning_tricks.errors import CheckpointError
 from tests.engines.checks import Adapted, Net, Probe, Run, fit, weights_of
 from tests.engines.option_jobs import prepare

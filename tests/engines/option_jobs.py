@@ -52,6 +52,32 @@ def precision_in_the_flag(engine: str, folder: str, suffix: str, precision: str)
         assert torch.equal(value, wanted[name]), name
 
 
+# -- offload -------------------------------------------------------------------------------------------------------
+
+
+def offloaded(engine: str, folder: str) -> None:
+    """The engine really offloads, and what it trains is what it trains without, bit for bit."""
+    trainer = train(engine, folder, Net(batches=3), offload="cpu")
+    assert offloads(trainer)
+    plain = train(engine, folder, Net(batches=3))
+    assert not offloads(plain)
+    expected = weights_of(plain)
+    for name, value in weights_of(trainer).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def offloads(trainer) -> bool:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDP2Strategy):
+        return isinstance(strategy._offload_policy(), CPUOffloadPolicy)
+    optimizer = strategy.deepspeed_engine.optimizer
+    if strategy.zero_stage_3:
+        return bool(optimizer.offload_optimizer and optimizer.offload_param)
+    return bool(optimizer.cpu_offload)
+
+
 # -- activation checkpointing --------------------------------------------------------------------------------------
 
 
@@ -131,8 +157,9 @@ def checkpointing_refusals(engine: str, folder: str) -> None:
     with pytest.raises(MisconfigurationError, match="found no repeated block in Single"):
         train(engine, folder, Single(batches=1), activation_checkpointing="blocks")
     if engine == "fsdp2":
-        with pytest.raises(MisconfigurationError, match="OwnSharding shards itself"):
-            train(engine, folder, OwnSharding(batches=1), activation_checkpointing="blocks")
+        for option in ({"activation_checkpointing": "blocks"}, {"offload": "cpu"}):
+            with pytest.raises(MisconfigurationError, match=f"OwnSharding is sharded already.*{next(iter(option))}="):
+                train(engine, folder, OwnSharding(batches=1), **option)
 
 
 class Single(Net):

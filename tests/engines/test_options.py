@@ -52,3 +52,14 @@ def test_activation_checkpointing_without_blocks_is_refused(job, engine):
 def test_activation_checkpointing_is_blocks_or_none(build):
     with pytest.raises(MisconfigurationError, match="must be 'blocks' or None, got True"):
         build(activation_checkpointing=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_offload_changes_where_and_not_what(job, engine):
+    job("offloaded", engine)
+
+
+@pytest.mark.parametrize("build", [FSDP2Strategy, pytest.param(ZeroStrategy, marks=ZERO)])
+def test_offload_is_cpu_or_none(build):
+    with pytest.raises(MisconfigurationError, match="`offload` must be 'cpu' or None, got True"):
+        build(offload=True)
