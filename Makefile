@@ -56,9 +56,9 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --no-deps $(DEMO_FILES)
 	@touch $@
 
-# torch comes first: DeepSpeed's build asks for it.
+# torch comes first: DeepSpeed's build asks for it. pip would warn of what DEMO_FILES lack, which is on purpose.
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) -e ".[all,dev]"
+	$(PIP) --no-warn-conflicts -e ".[all,dev]"
 	@touch $@
 
 clean:  ## Remove what was built, .venv included.

@@ -10,6 +10,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# What Lightning's launchers put into the environment, where a later process would take it for its own.
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_left():
+    """End the process group that a fit in this very process started, so that later tests see one device."""
+    before = {name: os.environ.get(name) for name in LAUNCHED}
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 def pytest_collection_modifyitems(items):
     """Report GPU tests as not run, with the machine's lack as the reason, never as passed."""
     if torch.cuda.is_available():

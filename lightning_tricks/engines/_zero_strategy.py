@@ -37,6 +37,7 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_state_dict_hooks",
 )
+_TRACES = "_lightning_tricks_zero"  # what DeepSpeed put on a module: kept with it, since the next Trainer needs it
 _LARGEST_BUCKET = 200_000_000  # elements; Lightning's own
 _SMALLEST_BUCKET = 2**20
 _BUCKET_UNIT = 256  # DeepSpeed wants a multiple of its alignment
@@ -96,7 +97,6 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         self.bucket_size = bucket_size
         self.activation_checkpointing = activation_checkpointing
         self.offload = offload
-        self._engine_hooks: list[tuple[dict[int, Any], int]] = []
 
     # -- accumulation: Lightning counts, DeepSpeed is told ---------------------------------------------------------
 
@@ -158,12 +158,12 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     def _initialize_deepspeed_inference(self, model: Module) -> None:
         kept = ["fp16", "bf16"] + ["zero_allow_untested_optimizer", "zero_optimization"] * bool(self.zero_stage_3)
         config = {"train_micro_batch_size_per_gpu": 1, **{k: self._config[k] for k in kept if k in self._config}}
-        self._forget_training(model)
         self.model, _ = self._initialize(model, config, model_parameters=[])
 
     def _initialize(self, model: Module, config: dict[str, Any], **options: Any) -> tuple[Any, Any]:
         import deepspeed
 
+        self._forget_training(model)
         before = _hook_ids(model)
         engine, optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self._device_rank()),
@@ -172,14 +172,20 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             dist_init_required=False,
             **options,
         )
-        self._engine_hooks = [(hooks, key) for hooks, key in _hooks(model) if (id(hooks), key) not in before]
+        added = [(hooks, key) for hooks, key in _hooks(model) if (id(hooks), key) not in before]
+        vars(model)[_TRACES] = (added, [*getattr(optimizer, "_grad_acc_hooks", ())])
         return engine, optimizer
 
     def _forget_training(self, model: Module) -> None:
-        """Take off DeepSpeed's hooks and its references to master weights, and nobody else's hooks."""
-        for hooks, key in self._engine_hooks:
+        """Take off DeepSpeed's hooks and its references to master weights, and nobody else's hooks.
+
+        DeepSpeed leaves them behind, whichever Trainer fitted the module; a second fit would run into the first one's.
+        """
+        added, gradient_hooks = vars(model).pop(_TRACES, ((), ()))
+        for hooks, key in added:
             hooks.pop(key, None)
-        self._engine_hooks = []
+        for handle in gradient_hooks:
+            handle.remove()
         for parameter in model.parameters():
             for name in ("_hp_mapping", "_z3_optimizer"):
                 if hasattr(parameter, name):

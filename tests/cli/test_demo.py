@@ -103,6 +103,8 @@ import os, signal, sys
 from lightning_tricks.cli import demo, main
 from lightning_tricks.cli.comparison import Budget
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background may have Ctrl-C ignored
+
 class Interrupting(demo.RowProgress):
     def on_train_batch_end(self, trainer, pl_module, *rest):
         super().on_train_batch_end(trainer, pl_module, *rest)

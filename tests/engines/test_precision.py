@@ -54,7 +54,6 @@ def test_the_option_does_what_the_flag_does():
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("suffix", "precision"), [("bf16", "bf16-mixed"), ("fp16", "16-mixed")])
 def test_the_zero_flags_set_it_too(suffix, precision):
     trainer = build(f"zero_2_{suffix}")
@@ -65,7 +64,6 @@ def test_the_zero_flags_set_it_too(suffix, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_training_computes_in_it(tmp_path):
     """One process suffices: what a layer returns tells its dtype."""
     seen = []
