@@ -508,17 +508,6 @@ def evaluation_only(run):
     run.compare("tested", {"loss": torch.tensor(after)}, 1e-4)
 
 
-def fitted_again(run):
-    """One module, fitted, tested, and fitted again by other Trainers: nothing of the first fit is in the way."""
-    module = Net(batches=3)
-    first = fit(run, module, Probe(limit=0.5), max_epochs=1)
-    first.fit_loop.max_epochs = 2
-    first.fit(module)
-    first.test(module, verbose=False)
-    last = fit(run, module, Probe(limit=0.5), max_epochs=1)
-    run.compare("fitted-again", float_weights(last), 2e-5)
-
-
 def single_file(run):
     """A file without the frozen weights, as an ensemble is, is tested strictly; ZeRO says what to do instead."""
     path, wrong = run.path("single.ckpt"), run.path("wrong.ckpt")
