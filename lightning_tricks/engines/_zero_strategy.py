@@ -8,6 +8,7 @@ import importlib.util
 import io
 import logging
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,19 +174,21 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             **options,
         )
         added = [(hooks, key) for hooks, key in _hooks(model) if (id(hooks), key) not in before]
-        vars(model)[_TRACES] = (added, [*getattr(optimizer, "_grad_acc_hooks", ())])
+        vars(model)[_TRACES] = (weakref.ref(engine), added)
         return engine, optimizer
 
     def _forget_training(self, model: Module) -> None:
-        """Take off DeepSpeed's hooks and its references to master weights, and nobody else's hooks.
+        """Take off what DeepSpeed put on the module, whichever Trainer fitted it, and nobody else's hooks.
 
-        DeepSpeed leaves them behind, whichever Trainer fitted the module; a second fit would run into the first one's.
+        DeepSpeed leaves its hooks behind, and a second fit would run into the first one's. Its engine is ended now and
+        not when it happens to be collected: that would take the next engine's masters off the parameters.
         """
-        added, gradient_hooks = vars(model).pop(_TRACES, ((), ()))
+        engine, added = vars(model).pop(_TRACES, (lambda: None, ()))
+        if (past := engine()) is not None:
+            past.destroy()
+            past.destroy = lambda: None
         for hooks, key in added:
             hooks.pop(key, None)
-        for handle in gradient_hooks:
-            handle.remove()
         for parameter in model.parameters():
             for name in ("_hp_mapping", "_z3_optimizer"):
                 if hasattr(parameter, name):

@@ -200,6 +200,19 @@ def float_weights(trainer) -> dict[str, torch.Tensor]:
 # -- the checks ----------------------------------------------------------------------------------------------------
 
 
+def fitted_again(run):
+    """One module, fitted, tested, and fitted again by other Trainers: nothing of the first fits is in the way."""
+    module = Net(batches=3)
+    first = fit(run, module, Probe(limit=0.5), max_epochs=1)
+    first.fit_loop.max_epochs = 2
+    first.fit(module)
+    first.test(module, verbose=False)
+    last = fit(run, module, Probe(limit=0.5), max_epochs=1)
+    del first
+    gc.collect()  # what is left of the first fits ends here, and takes nothing along
+    run.compare("fitted-again", float_weights(last), 2e-5)
+
+
 def names_and_ranks(run):
     trainer = fit(run, Net(batches=1), Probe(), max_epochs=1)
     engine = engine_of(trainer)

@@ -39,8 +39,9 @@ def test_activation_checkpointing_changes_no_gradient(job, engine, module):
     job("checkpointed", engine, module=module)
 
 
-def test_activation_checkpointing_twice_is_once(job):
-    job("checkpointed_twice", "fsdp2")  # under ZeRO one module is fitted once: DeepSpeed's gradient hooks stay on it
+@pytest.mark.parametrize("engine", ENGINES)
+def test_activation_checkpointing_twice_is_once(job, engine):
+    job("checkpointed_twice", engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
