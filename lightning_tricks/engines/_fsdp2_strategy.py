@@ -22,11 +22,13 @@ from lightning_tricks.engines._activation_checkpointing import (
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
+from lightning_tricks.engines._replicas import Replicas, count_replicas, refuse_replicas, sharding_mesh
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["FSDP2Strategy"]
 
-_OFFLOADED: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()  # the modules sharded here
+# The modules sharded here: where their shards lie, and how many copies of each there are.
+_SHARDED: "WeakKeyDictionary[nn.Module, tuple[str | None, int]]" = WeakKeyDictionary()
 
 
 class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
@@ -39,6 +41,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     Args:
         shard: class names of the blocks to shard. Empty: those that a Hugging Face model names in
             `_no_split_modules`, else the items of any `ModuleList` whose class occurs in it at least twice.
+        replicate: the number of copies of the model, each sharded over as many ranks that follow one another;
+            `"nodes"`: a copy on each machine. 1 shards over all ranks.
         activation_checkpointing: `"blocks"` keeps the inputs of those blocks only, and computes the rest again in the
             backward pass.
         offload: `"cpu"` keeps the shards of parameters, gradients and optimizer state in the host's memory, where the
@@ -46,7 +50,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
 
     Raises:
-        MisconfigurationError: if an option is out of range, or `shard` names a class that the module does not contain.
+        MisconfigurationError: if an option is out of range, `shard` names a class that the module does not contain, or
+            `replicate` does not divide the ranks.
 
     References:
         Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
@@ -56,26 +61,30 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self,
         *,
         shard: Sequence[str] = (),
+        replicate: Replicas = 1,
         activation_checkpointing: Literal["blocks"] | None = None,
         offload: Literal["cpu"] | None = None,
         precision: Mixed | None = None,
     ) -> None:
         if isinstance(shard, str):
             raise MisconfigurationError(f"`shard` must be a list of class names, got {shard!r}: write [{shard!r}].")
+        refuse_replicas(replicate)
         refuse_activation_checkpointing(activation_checkpointing)
         refuse_offload(offload)
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
         self._bring_precision(precision)
         self.shard = tuple(shard)
+        self.replicate = replicate
         self.activation_checkpointing = activation_checkpointing
         self.offload = offload
 
     # -- processes -------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """Start the process group with all processes in one data-parallel dimension."""
+        """Start the process group with all processes in one data-parallel dimension: all train on different batches."""
         refuse_oversubscription(self)
         self._data_parallel_size = self.num_nodes * self.num_processes
+        self._replicas = count_replicas(self.replicate, self.num_nodes, self._data_parallel_size)
         if self.offload is not None and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # whole weights and norms are gathered on the host
         super().setup_environment()
@@ -109,17 +118,20 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         blocks = find_blocks(module, self.shard)
         self._broadcast_from_rank_zero(module)
         dtypes = _dtypes(str(self.precision_plugin.precision))
-        common = {"mesh": self.device_mesh["data_parallel"], "offload_policy": self._offload_policy()}
+        mesh = sharding_mesh(self.device_mesh["data_parallel"], self._replicas)
+        common = {"mesh": mesh, "offload_policy": self._offload_policy()}
         for block in blocks:
             fully_shard(block, **common, mp_policy=MixedPrecisionPolicy(**dtypes))
         # The module's own inputs are batches: targets and all are left as they are.
         policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
         fully_shard(module, **common, mp_policy=policy, reshard_after_forward=False)
-        _OFFLOADED[module] = self.offload
+        _SHARDED[module] = (self.offload, self._replicas)
 
     def _refuse_late_options(self, module: nn.Module, checkpointed: bool) -> None:
         late = ["activation_checkpointing='blocks'"] if checkpointed and not checkpoints_blocks(module) else []
-        late += [f"offload={self.offload!r}"] if _OFFLOADED.get(module) != self.offload else []
+        offload, replicas = _SHARDED.get(module, (None, 1))
+        late += [f"offload={self.offload!r}"] if offload != self.offload else []
+        late += [f"replicate={self._replicas}"] if replicas != self._replicas else []
         if late:
             raise MisconfigurationError(
                 f"{type(module).__name__} is sharded already, by itself or by an earlier fit: `{late[0]}` comes too"
