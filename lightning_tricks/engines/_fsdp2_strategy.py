@@ -21,7 +21,9 @@ from lightning_tricks.engines._activation_checkpointing import (
 )
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
+from lightning_tricks.engines._materialise import materialise, refuse_without_values
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
+from lightning_tricks.engines._ranks import broadcast_from_rank_zero
 from lightning_tricks.engines._replicas import Replicas, count_replicas, refuse_replicas, sharding_mesh
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
@@ -35,6 +37,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     """Fully sharded data parallelism, version 2, for an unchanged LightningModule.
 
     Each repeated block is sharded on its own, and the rest with the module. Weights are broadcast from rank 0 first.
+    What is on the meta device gets its values layer by layer once it is sharded, by `reset_parameters()`, so that no
+    rank holds the whole model: build it in `configure_model`, or under `torch.device("meta")`.
     A module that shards itself in `configure_model` is left as it is. The step hooks run through the module's own call,
     so that its parameters are whole there. A checkpoint folder appears only when it is complete.
 
@@ -97,7 +101,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
         self._shard(self.model, checkpointed=fitting and self.activation_checkpointing is not None)
-        _materialize_distributed_module(self.model, self.root_device)
+        self._materialise(self.model)
         if self.offload is None:  # else `fully_shard` has put everything in its place
             self.model_to_device()
         self.barrier()
@@ -116,7 +120,9 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         if checkpointed:  # before the sharding: a block computed again gathers its parameters again
             checkpoint_blocks(module, self.shard)
         blocks = find_blocks(module, self.shard)
-        self._broadcast_from_rank_zero(module)
+        refuse_without_values(module)
+        # `fully_shard` keeps each rank's own values, one shard from each: they must come from one initialisation.
+        broadcast_from_rank_zero([*module.parameters(), *module.buffers()], self.root_device)
         dtypes = _dtypes(str(self.precision_plugin.precision))
         mesh = sharding_mesh(self.device_mesh["data_parallel"], self._replicas)
         common = {"mesh": mesh, "offload_policy": self._offload_policy()}
@@ -126,6 +132,14 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
         fully_shard(module, **common, mp_policy=policy, reshard_after_forward=False)
         _SHARDED[module] = (self.offload, self._replicas)
+
+    def _materialise(self, module: nn.Module) -> None:
+        """Lightning's way lets each rank draw for its own shards, so that equal seeds draw equal rows on all ranks."""
+        if module in _SHARDED:
+            shards_on = self.root_device if self.offload is None else torch.device("cpu")
+            materialise(module, self.root_device, shards_on)
+        else:  # it shards itself, which makes its first values its own business
+            _materialize_distributed_module(module, self.root_device)
 
     def _refuse_late_options(self, module: nn.Module, checkpointed: bool) -> None:
         late = ["activation_checkpointing='blocks'"] if checkpointed and not checkpoints_blocks(module) else []
@@ -143,15 +157,6 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
 
         on_gpu = self.root_device.type == "cuda"
         return OffloadPolicy() if self.offload is None else CPUOffloadPolicy(pin_memory=on_gpu)
-
-    def _broadcast_from_rank_zero(self, module: nn.Module) -> None:
-        """`fully_shard` keeps each rank's own values, one shard from each: they must come from one initialisation."""
-        with torch.no_grad():
-            for tensor in [*module.parameters(), *module.buffers()]:
-                if not tensor.is_meta:
-                    moved = tensor.detach().to(self.root_device).contiguous()
-                    torch.distributed.broadcast(moved, 0)
-                    tensor.copy_(moved)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
