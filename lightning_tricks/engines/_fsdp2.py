@@ -11,7 +11,7 @@ from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._plain import PlainEngine
 from lightning_tricks.storage import WeightsFile
 
-__all__ = ["FSDP2Engine"]
+__all__ = ["FSDP2Engine", "place"]
 
 
 class FSDP2Engine(PlainEngine):
@@ -41,7 +41,7 @@ class FSDP2Engine(PlainEngine):
         if not hasattr(tensor, "to_local"):
             tensor.copy_(file.tensor(entry.name))
             return
-        shape, offset = _place(tensor)
+        shape, offset = place(tensor)
         if not shape:
             tensor.to_local().copy_(file.tensor(entry.name))
             return
@@ -53,7 +53,7 @@ class FSDP2Engine(PlainEngine):
         tensor: Any = entry.tensor
         if not hasattr(tensor, "to_local"):
             return super()._part(entry)
-        shape, offset = _place(tensor)
+        shape, offset = place(tensor)
         whole = tuple(tensor.shape)
         strided = any("Strided" in type(placement).__name__ for placement in tensor.placements)
         if 0 not in shape and (strided or shape[1:] != whole[1:]):
@@ -66,7 +66,7 @@ class FSDP2Engine(PlainEngine):
         local.copy_(values.reshape(local.shape))
 
 
-def _place(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def place(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of this rank's part of a DTensor, and where in the whole it begins."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

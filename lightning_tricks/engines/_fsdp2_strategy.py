@@ -21,24 +21,32 @@ from lightning_tricks.engines._activation_checkpointing import (
 )
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
+from lightning_tricks.engines._materialise import materialise, refuse_without_values
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
+from lightning_tricks.engines._ranks import broadcast_from_rank_zero
+from lightning_tricks.engines._replicas import Replicas, count_replicas, refuse_replicas, sharding_mesh
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["FSDP2Strategy"]
 
-_OFFLOADED: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()  # the modules sharded here
+# The modules sharded here: where their shards lie, and how many copies of each there are.
+_SHARDED: "WeakKeyDictionary[nn.Module, tuple[str | None, int]]" = WeakKeyDictionary()
 
 
 class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     """Fully sharded data parallelism, version 2, for an unchanged LightningModule.
 
     Each repeated block is sharded on its own, and the rest with the module. Weights are broadcast from rank 0 first.
+    What is on the meta device gets its values layer by layer once it is sharded, by `reset_parameters()`, so that no
+    rank holds the whole model: build it in `configure_model`, or under `torch.device("meta")`.
     A module that shards itself in `configure_model` is left as it is. The step hooks run through the module's own call,
     so that its parameters are whole there. A checkpoint folder appears only when it is complete.
 
     Args:
         shard: class names of the blocks to shard. Empty: those that a Hugging Face model names in
             `_no_split_modules`, else the items of any `ModuleList` whose class occurs in it at least twice.
+        replicate: the number of copies of the model, each sharded over as many ranks that follow one another;
+            `"nodes"`: a copy on each machine. 1 shards over all ranks.
         activation_checkpointing: `"blocks"` keeps the inputs of those blocks only, and computes the rest again in the
             backward pass.
         offload: `"cpu"` keeps the shards of parameters, gradients and optimizer state in the host's memory, where the
@@ -46,7 +54,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
 
     Raises:
-        MisconfigurationError: if an option is out of range, or `shard` names a class that the module does not contain.
+        MisconfigurationError: if an option is out of range, `shard` names a class that the module does not contain, or
+            `replicate` does not divide the ranks.
 
     References:
         Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
@@ -56,26 +65,30 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self,
         *,
         shard: Sequence[str] = (),
+        replicate: Replicas = 1,
         activation_checkpointing: Literal["blocks"] | None = None,
         offload: Literal["cpu"] | None = None,
         precision: Mixed | None = None,
     ) -> None:
         if isinstance(shard, str):
             raise MisconfigurationError(f"`shard` must be a list of class names, got {shard!r}: write [{shard!r}].")
+        refuse_replicas(replicate)
         refuse_activation_checkpointing(activation_checkpointing)
         refuse_offload(offload)
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
         self._bring_precision(precision)
         self.shard = tuple(shard)
+        self.replicate = replicate
         self.activation_checkpointing = activation_checkpointing
         self.offload = offload
 
     # -- processes -------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """Start the process group with all processes in one data-parallel dimension."""
+        """Start the process group with all processes in one data-parallel dimension: all train on different batches."""
         refuse_oversubscription(self)
         self._data_parallel_size = self.num_nodes * self.num_processes
+        self._replicas = count_replicas(self.replicate, self.num_nodes, self._data_parallel_size)
         if self.offload is not None and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # whole weights and norms are gathered on the host
         super().setup_environment()
@@ -88,7 +101,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
         self._shard(self.model, checkpointed=fitting and self.activation_checkpointing is not None)
-        _materialize_distributed_module(self.model, self.root_device)
+        self._materialise(self.model)
         if self.offload is None:  # else `fully_shard` has put everything in its place
             self.model_to_device()
         self.barrier()
@@ -107,19 +120,32 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         if checkpointed:  # before the sharding: a block computed again gathers its parameters again
             checkpoint_blocks(module, self.shard)
         blocks = find_blocks(module, self.shard)
-        self._broadcast_from_rank_zero(module)
+        refuse_without_values(module)
+        # `fully_shard` keeps each rank's own values, one shard from each: they must come from one initialisation.
+        broadcast_from_rank_zero([*module.parameters(), *module.buffers()], self.root_device)
         dtypes = _dtypes(str(self.precision_plugin.precision))
-        common = {"mesh": self.device_mesh["data_parallel"], "offload_policy": self._offload_policy()}
+        mesh = sharding_mesh(self.device_mesh["data_parallel"], self._replicas)
+        common = {"mesh": mesh, "offload_policy": self._offload_policy()}
         for block in blocks:
             fully_shard(block, **common, mp_policy=MixedPrecisionPolicy(**dtypes))
         # The module's own inputs are batches: targets and all are left as they are.
         policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
         fully_shard(module, **common, mp_policy=policy, reshard_after_forward=False)
-        _OFFLOADED[module] = self.offload
+        _SHARDED[module] = (self.offload, self._replicas)
+
+    def _materialise(self, module: nn.Module) -> None:
+        """Lightning's way lets each rank draw for its own shards, so that equal seeds draw equal rows on all ranks."""
+        if module in _SHARDED:
+            shards_on = self.root_device if self.offload is None else torch.device("cpu")
+            materialise(module, self.root_device, shards_on)
+        else:  # it shards itself, which makes its first values its own business
+            _materialize_distributed_module(module, self.root_device)
 
     def _refuse_late_options(self, module: nn.Module, checkpointed: bool) -> None:
         late = ["activation_checkpointing='blocks'"] if checkpointed and not checkpoints_blocks(module) else []
-        late += [f"offload={self.offload!r}"] if _OFFLOADED.get(module) != self.offload else []
+        offload, replicas = _SHARDED.get(module, (None, 1))
+        late += [f"offload={self.offload!r}"] if offload != self.offload else []
+        late += [f"replicate={self._replicas}"] if replicas != self._replicas else []
         if late:
             raise MisconfigurationError(
                 f"{type(module).__name__} is sharded already, by itself or by an earlier fit: `{late[0]}` comes too"
@@ -131,15 +157,6 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
 
         on_gpu = self.root_device.type == "cuda"
         return OffloadPolicy() if self.offload is None else CPUOffloadPolicy(pin_memory=on_gpu)
-
-    def _broadcast_from_rank_zero(self, module: nn.Module) -> None:
-        """`fully_shard` keeps each rank's own values, one shard from each: they must come from one initialisation."""
-        with torch.no_grad():
-            for tensor in [*module.parameters(), *module.buffers()]:
-                if not tensor.is_meta:
-                    moved = tensor.detach().to(self.root_device).contiguous()
-                    torch.distributed.broadcast(moved, 0)
-                    tensor.copy_(moved)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 

@@ -127,7 +127,8 @@ class Engine(Protocol):
 
         Masters are fp32 wherever the engine has them so; under bf16-true the torch engines train bf16 itself. Under
         one device and DDP a rank holds every parameter whole; elsewhere the ranks' parts make up the whole without
-        overlap, and a parameter of which this rank holds nothing is left out. Tied parameters come once.
+        overlap, once for each copy that `fsdp2(replicate=...)` keeps, and a parameter of which this rank holds nothing
+        is left out. Tied parameters come once.
 
         Live, between steps. Communicates nothing. Memory: nothing, or one part where the optimizer is offloaded.
         """

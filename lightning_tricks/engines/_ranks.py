@@ -1,9 +1,11 @@
 """Which process this is, and what the others hold, with or without a Trainer."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-__all__ = ["ranks", "sum_over_ranks"]
+__all__ = ["broadcast_from_rank_zero", "ranks", "sum_over_ranks"]
 
 
 def ranks() -> tuple[int, int]:
@@ -26,3 +28,13 @@ def sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
     total = tensor.detach().to(device, copy=True).contiguous()
     torch.distributed.all_reduce(total)
     return total.to(tensor.device)
+
+
+def broadcast_from_rank_zero(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Give all ranks rank 0's values, in place. Those on the meta device have none. `device` is as above."""
+    with torch.no_grad():
+        for tensor in tensors:
+            if not tensor.is_meta:
+                moved = tensor.detach().to(device).contiguous()
+                torch.distributed.broadcast(moved, 0)
+                tensor.copy_(moved)

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
+from lightning_tricks.engines._ranks import broadcast_from_rank_zero
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
 
@@ -173,6 +174,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             dist_init_required=False,
             **options,
         )
+        broadcast_from_rank_zero(model.buffers(), self.root_device)  # DeepSpeed does parameters only
         added = [(hooks, key) for hooks, key in _hooks(model) if (id(hooks), key) not in before]
         vars(model)[_TRACES] = (weakref.ref(engine), added)
         return engine, optimizer

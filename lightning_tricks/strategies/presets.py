@@ -76,6 +76,7 @@ def zero(
 def fsdp2(
     *,
     shard: Sequence[str] = (),
+    replicate: int | Literal["nodes"] = 1,
     activation_checkpointing: Literal["blocks"] | None = None,
     offload: Literal["cpu"] | None = None,
     precision: Literal["bf16-mixed", "16-mixed"] | None = None,
@@ -85,6 +86,8 @@ def fsdp2(
     Args:
         shard: class names of the blocks to shard one by one. Empty: those that a Hugging Face model names, else the
             items of any `ModuleList` whose class occurs in it at least twice.
+        replicate: copies of the model (1 to the number of ranks, which it divides), each sharded over ranks that follow
+            one another; `"nodes"`: one copy on each machine, so that parameters are gathered within it.
         activation_checkpointing: `"blocks"` computes those blocks again in the backward pass, instead of keeping what
             they computed.
         offload: `"cpu"` keeps parameters, gradients and optimizer state in the host's memory, and updates them there.
@@ -102,7 +105,11 @@ def fsdp2(
         Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
     """
     return FSDP2Strategy(
-        shard=shard, activation_checkpointing=activation_checkpointing, offload=offload, precision=precision
+        shard=shard,
+        replicate=replicate,
+        activation_checkpointing=activation_checkpointing,
+        offload=offload,
+        precision=precision,
     )
 
 
@@ -110,6 +117,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "fsdp2": Preset(fsdp2, {}, "FSDP2: parameters, gradients and optimizer state divided over the ranks."),
         "fsdp2_offload": Preset(fsdp2, {"offload": "cpu"}, "FSDP2, its shards kept and updated in the host's memory."),
+        "hsdp": Preset(
+            fsdp2,
+            {"replicate": "nodes"},
+            "FSDP2 in hybrid: sharded over each machine's ranks, with a copy of the shards on every machine.",
+        ),
         "zero_1": Preset(zero, {"stage": 1}, "DeepSpeed ZeRO-1: optimizer state divided over the ranks."),
         "zero_2": Preset(zero, {"stage": 2}, "DeepSpeed ZeRO-2: optimizer state and gradients divided over the ranks."),
         "zero_2_offload": Preset(

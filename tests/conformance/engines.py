@@ -26,12 +26,14 @@ ENGINES = {
     "ddp": ("ddp", 2),
     "fsdp2": ("fsdp2", 2),
     "fsdp2_offload": ("fsdp2_offload", 2),
+    "hsdp": ("hsdp", 2),
     "zero_1": ("zero_1", 2),
     "zero_2": ("zero_2", 2),
     "zero_2_offload": ("zero_2_offload", 2),
     "zero_3": ("zero_3", 2),
     "zero_3_offload": ("zero_3_offload", 2),
 }
+NODES = {"hsdp": 2}  # engines whose ranks are spread over machines, each played by processes of its own
 PRECISIONS = ("32-true", "bf16-mixed")
 REFERENCE = "one_device"
 
@@ -125,10 +127,12 @@ class Group:
         world: number of ranks; 1 starts a plain process, without torchrun's environment.
         folder: where the ranks' logs go.
         prepare: a function without arguments that a fresh group runs first, with `START_LIMIT`: imports, mostly.
+        nodes: the number of machines that the ranks believe to be on, as many on each.
     """
 
-    def __init__(self, world: int, folder: Path, prepare: str | None = None) -> None:
+    def __init__(self, world: int, folder: Path, prepare: str | None = None, nodes: int = 1) -> None:
         self.world = world
+        self.nodes = nodes
         self.folder = folder
         self.prepare = prepare
         self.starts = 0
@@ -166,13 +170,14 @@ class Group:
 
     def _environment(self, rank: int) -> dict[str, str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        local = self.world // self.nodes
         if self.world > 1:
             environment |= {
                 "RANK": f"{rank}",
-                "LOCAL_RANK": f"{rank}",
-                "GROUP_RANK": "0",
+                "LOCAL_RANK": f"{rank % local}",
+                "GROUP_RANK": f"{rank // local}",
                 "WORLD_SIZE": f"{self.world}",
-                "LOCAL_WORLD_SIZE": f"{self.world}",
+                "LOCAL_WORLD_SIZE": f"{local}",
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": f"{self._store.port}",
                 "TORCHELASTIC_RUN_ID": "conformance",

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_tricks  # noqa: F401  registers the strategy flags
 from lightning_tricks.errors import UnsupportedError
-from tests.conformance.engines import ENGINES
+from tests.conformance.engines import ENGINES, NODES
 from tests.conformance.model import full_weights, loader
 
 SAVED_AFTER = (1, 3)  # epoch and batch, counted from 0, after which the checkpoint is written: in mid-epoch
@@ -54,6 +54,7 @@ class Fits:
     def __init__(self, case: Any, engine: str, precision: str, folder: Path) -> None:
         self.case = case
         self.flag, self.world = ENGINES[engine]
+        self.nodes = NODES.get(engine, 1)
         self.precision = precision
         self.folder = folder
 
@@ -79,7 +80,8 @@ class Fits:
         trainer = L.Trainer(
             **{"max_epochs": 3, **run.trainer},
             accelerator="cpu",
-            devices=self.world,
+            devices=self.world // self.nodes,
+            num_nodes=self.nodes,
             strategy=self.flag,
             precision=self.precision,
             callbacks=[*run.callbacks, *extra],

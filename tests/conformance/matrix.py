@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tests.conformance.compare import differences
-from tests.conformance.engines import ENGINES, REFERENCE, Group
+from tests.conformance.engines import ENGINES, NODES, REFERENCE, Group
 
 __all__ = ["Matrix", "outcome"]
 
@@ -61,7 +61,8 @@ class Matrix:
         for name in [name for name in self._groups if name not in (engine, REFERENCE)]:
             self._groups.pop(name).close()
         if engine not in self._groups:
-            self._groups[engine] = Group(ENGINES[engine][1], self.folder / engine, "tests.conformance.fits:warm_up")
+            world, nodes = ENGINES[engine][1], NODES.get(engine, 1)
+            self._groups[engine] = Group(world, self.folder / engine, "tests.conformance.fits:warm_up", nodes)
         return self._groups[engine]
 
 

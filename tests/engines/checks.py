@@ -843,7 +843,8 @@ def assert_tiled(trainer, copies: dict[str, torch.Tensor], full: dict[str, torch
             total[shard.start : shard.stop] = copies[name]
             count[shard.start : shard.stop] = 1
         total, count = engine.sum_over_ranks(total), engine.sum_over_ranks(count)
-        copies_of_each = engine.world_size if engine.name in ("one_device", "ddp") else 1
+        replicas = getattr(trainer.strategy, "_replicas", 1)
+        copies_of_each = engine.world_size if engine.name in ("one_device", "ddp") else replicas
         assert (count == copies_of_each).all(), name
         assert torch.equal(total / copies_of_each, full[name].flatten()), name
 
