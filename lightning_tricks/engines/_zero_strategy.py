@@ -23,9 +23,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
-from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
+from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
+from lightning_tricks.engines._saving import save_folder
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
+from lightning_tricks.engines._zero_saving import save_zero
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
 
 __all__ = ["ZeroStrategy"]
@@ -221,9 +223,11 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint folder, complete or not there. Called on all ranks."""
         path = Path(self.broadcast(filepath))
-        self.exclude_frozen_parameters = self._frozen_left_out()
-        write = super().save_checkpoint
-        save_folder(self, path, lambda partial: write(checkpoint, partial, storage_options))
+        if storage_options is not None:
+            raise MisconfigurationError("`storage_options` is for single files; ZeRO writes a folder: leave it out.")
+        state = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+        options = {"without_frozen": self._frozen_left_out(), "first": self.is_global_zero}
+        save_folder(self, path, lambda partial: save_zero(self.deepspeed_engine, partial, state, **options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, of any number of ranks. The clipping threshold stays the one configured now."""
