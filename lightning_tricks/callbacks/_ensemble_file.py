@@ -36,10 +36,12 @@ def write_ensemble(trainer: Trainer, engine: Engine, weights: Path, out: Path, m
     }
     trainer.lightning_module.on_save_checkpoint(checkpoint)
     checkpoint.setdefault("lightning_tricks", {})["ensemble"] = members
-    if engine.rank == 0:
-        with atomic_file(out) as partial:
-            torch.save(checkpoint, partial)
-    engine.barrier()
+    engine.write_on_rank_zero(out, lambda: _write(checkpoint, out))
+
+
+def _write(checkpoint: dict[str, Any], out: Path) -> None:
+    with atomic_file(out) as partial, partial.open("wb") as stream:
+        torch.save(checkpoint, stream)
 
 
 def _state_dict(weights: Path, real: bool) -> dict[str, torch.Tensor]:

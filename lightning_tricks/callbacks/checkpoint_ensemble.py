@@ -251,9 +251,8 @@ class CheckpointEnsemble(TrickCallback):
         members = sorted(self._kept, key=lambda member: member.step)
         average = self._shelf.path(self._shelf.new_name("mean", trainer.global_step))
         try:
-            if self.engine.rank == 0:
-                average_weights([self._shelf.path(member.file) for member in members], average)
-            self.engine.barrier()
+            files = [self._shelf.path(member.file) for member in members]
+            self.engine.write_on_rank_zero(average, lambda: average_weights(files, average))
             write_ensemble(trainer, self.engine, average, self.path, [asdict(member) for member in members])
             yield average
         finally:

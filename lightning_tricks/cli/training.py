@@ -17,6 +17,7 @@ from lightning_tricks import callbacks  # noqa: F401  (so that `--trainer.callba
 from lightning_tricks.cli.arguments import explain, lengthen
 from lightning_tricks.cli.checks import check_checkpoint, check_devices, check_folder, check_strategy
 from lightning_tricks.cli.resume import resume_from
+from lightning_tricks.engines import save_safely
 from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["TricksCLI", "fit", "run", "test", "validate"]
@@ -124,6 +125,7 @@ class TricksCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Choose the checkpoint to go on from, and check where new ones go."""
+        save_safely(self.trainer)
         for folder in self._folders():
             check_folder(folder)
         if self.resume:

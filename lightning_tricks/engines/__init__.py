@@ -7,6 +7,7 @@ from lightning_tricks.engines._inspect import CheckpointFacts, inspect_checkpoin
 from lightning_tricks.engines._protocol import Engine
 from lightning_tricks.engines._ranks import ranks
 from lightning_tricks.engines._read import read_checkpoint
+from lightning_tricks.engines._saving import save_safely
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._shards import Shard
 from lightning_tricks.engines._whole import whole
@@ -26,5 +27,6 @@ __all__ = [
     "inspect_checkpoint",
     "ranks",
     "read_checkpoint",
+    "save_safely",
     "whole",
 ]

@@ -172,6 +172,7 @@ _METHODS = {
         "streamed to one file",
         "streamed to one file, fp32 masters",
     ),
+    "write_on_rank_zero": ("between steps", "yes", "the disk's error on every rank", "the same", "the same"),
     "load_weights": (
         "between steps",
         "yes",

@@ -20,11 +20,12 @@ from lightning_tricks.engines._activation_checkpointing import (
     refuse_activation_checkpointing,
 )
 from lightning_tricks.engines._blocks import find_blocks
-from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
+from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._materialise import materialise, refuse_without_values
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._ranks import broadcast_from_rank_zero
 from lightning_tricks.engines._replicas import Replicas, count_replicas, refuse_replicas, sharding_mesh
+from lightning_tricks.engines._saving import save_folder
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["FSDP2Strategy"]
@@ -199,8 +200,17 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint folder, complete or not there. Called on all ranks."""
         path = Path(self.broadcast(filepath))
-        write = super().save_checkpoint
-        save_folder(self, path, lambda partial: write(checkpoint, partial, storage_options))
+        save_folder(self, path, lambda partial: self._write(checkpoint, partial, storage_options))
+
+    def _write(self, checkpoint: dict[str, Any], partial: Path, storage_options: Any) -> None:
+        """Each rank raises its own failure; torch tells every rank of each, in an exception of its own."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except CheckpointException as error:
+            if self.global_rank in error.failures:
+                raise error.failures[self.global_rank][0] from error
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, or a single file: of one device, DDP or an ensemble."""

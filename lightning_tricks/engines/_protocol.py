@@ -1,6 +1,6 @@
 """What a trick may ask of the engine that trains: the one seam between tricks and strategies."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -111,6 +111,16 @@ class Engine(Protocol):
         """Stream `named_full_weights()` into one safetensors file, written by rank 0. Live. Collective.
 
         The file appears under `path` only when it is complete.
+
+        Raises:
+            CheckpointError: on every rank, if it cannot be written; an older file under `path` stays as it was.
+        """
+
+    def write_on_rank_zero(self, path: Path, write: Callable[[], object]) -> None:
+        """Let rank 0 write a file by calling `write`, while the others wait. Live. Collective.
+
+        Raises:
+            CheckpointError: on every rank, if the disk refuses it. What else `write` raises, rank 0 raises.
         """
 
     def load_weights(self, path: Path) -> None:

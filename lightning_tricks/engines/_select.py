@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
 from lightning_tricks.engines._base import BaseEngine
 from lightning_tricks.engines._plain import PlainEngine
 from lightning_tricks.engines._protocol import Engine
+from lightning_tricks.engines._saving import save_safely
 from lightning_tricks.errors import MisconfigurationError, UnsupportedError
 
 __all__ = ["engine_of"]
@@ -24,6 +25,9 @@ _ENGINES: "weakref.WeakKeyDictionary[Strategy, BaseEngine]" = weakref.WeakKeyDic
 
 def engine_of(trainer: Trainer) -> Engine:
     """The engine behind a Trainer: what a trick asks instead of asking which strategy is running.
+
+    From then on one device and DDP save like the other engines: a file appears when it is complete, and a disk that
+    is full ends every rank with a CheckpointError.
 
     Args:
         trainer: a `lightning.pytorch.Trainer`, in any phase. The same engine comes back every time.
@@ -47,6 +51,7 @@ def engine_of(trainer: Trainer) -> Engine:
 
 def _build(trainer: Trainer) -> BaseEngine:
     strategy = trainer.strategy
+    save_safely(trainer)
     if isinstance(strategy, DeepSpeedStrategy):
         from lightning_tricks.engines._deepspeed import DeepSpeedEngine
 

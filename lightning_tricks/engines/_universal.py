@@ -20,7 +20,7 @@ from lightning_tricks.engines._skim import Inert
 from lightning_tricks.engines._zero_files import zero_files, zero_folder
 from lightning_tricks.errors import CheckpointError
 
-__all__ = ["convert_for_other_ranks", "loads_universal", "restore_the_rest"]
+__all__ = ["convert_for_other_ranks", "loads_universal", "put", "restore_the_rest"]
 
 UNIVERSAL = "checkpoint_universal"
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
@@ -78,10 +78,11 @@ def restore_the_rest(module: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, tensor in {**frozen, **dict(module.named_buffers())}.items():
             if (whole := saved.get(name.replace("_orig_mod.", ""))) is not None:
-                _put(tensor, whole.read())
+                put(tensor, whole.read())
 
 
-def _put(tensor: Any, value: Tensor) -> None:
+def put(tensor: Any, value: Tensor) -> None:
+    """Write a whole value into a tensor of the module, or into this rank's part of it. Communicates nothing."""
     if not hasattr(tensor, "ds_id"):
         tensor.copy_(value)
         return

@@ -1,7 +1,7 @@
 """What all engines share about ranks and weights: who they are, weights to a file and back, a rank's part of them."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
+from lightning_tricks.engines._saving import attempt, raise_together
 from lightning_tricks.engines._shards import Shard, misfit
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.storage import WeightsFile, write_weights
@@ -87,17 +88,14 @@ class WeightsEngine:
         layout = {entry.name: self._layout(entry.tensor) for entry in self._entries()}
         weights, failure = self.named_full_weights(), None
         if self.rank == 0:
-            try:
-                write_weights(path, layout, weights, metadata)
-            except Exception as error:  # raised below, once no other rank waits for this one
-                failure = error
+            failure = attempt(lambda: write_weights(path, layout, weights, metadata))
         for _ in weights:
             continue
-        message = self.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise CheckpointError(f"rank 0 could not write {path}: {message}")
+        raise_together(path, failure, self.world_size)
+
+    def write_on_rank_zero(self, path: Path, write: Callable[[], object]) -> None:
+        """Let rank 0 write a file, while the others wait. A failure there is raised on every rank."""
+        raise_together(path, attempt(write) if self.rank == 0 else None, self.world_size)
 
     def load_weights(self, path: Path) -> None:
         """Put the weights of a file written by `save_weights` back."""

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,14 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
-from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
+from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._ranks import broadcast_from_rank_zero
+from lightning_tricks.engines._saving import save_folder
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
-from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
+from lightning_tricks.engines._zero_file import put_whole, refuse_resuming
+from lightning_tricks.engines._zero_saving import save_zero
+from lightning_tricks.errors import MisconfigurationError, MissingDependencyError
 
 __all__ = ["ZeroStrategy"]
 
@@ -96,6 +99,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             logging_level=logging.ERROR,
         )
         self._bring_precision(precision)
+        self._file: Path | None = None
         self.bucket_size = bucket_size
         self.activation_checkpointing = activation_checkpointing
         self.offload = offload
@@ -223,18 +227,22 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint folder, complete or not there. Called on all ranks."""
         path = Path(self.broadcast(filepath))
-        self.exclude_frozen_parameters = self._frozen_left_out()
-        write = super().save_checkpoint
-        save_folder(self, path, lambda partial: write(checkpoint, partial, storage_options))
+        if storage_options is not None:
+            raise MisconfigurationError("`storage_options` is for single files; ZeRO writes a folder: leave it out.")
+        state = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+        options = {"without_frozen": self._frozen_left_out(), "first": self.is_global_zero}
+        save_folder(self, path, lambda partial: save_zero(self.deepspeed_engine, partial, state, **options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint folder, of any number of ranks. The clipping threshold stays the one configured now."""
+        """Read a checkpoint folder, of any number of ranks, or outside a fit a single file: of any engine's weights.
+
+        The clipping threshold stays the one configured now.
+        """
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_file():
-            raise CheckpointError(
-                f"{path} is a single file: ZeRO reads the folders that it wrote. Evaluate it on one device or with"
-                " strategy='ddp', or load it with `load_from_checkpoint` before the Trainer takes the module."
-            )
+        self._file = path if path.is_file() else None
+        if self._file is not None:
+            refuse_resuming(self._required_module, path)
+            return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         other_ranks = self._was_saved_by_others(path)
         if other_ranks:
             convert_for_other_ranks(self, path)
@@ -249,6 +257,11 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         if hasattr(optimizer, "clip_grad"):
             optimizer.clip_grad = self.deepspeed_engine.gradient_clipping()
         return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Put a single file's weights into the module. Those of a folder are there already."""
+        if self._file is not None:
+            put_whole(self._required_module, checkpoint["state_dict"], self._file, strict)
 
     def _frozen_left_out(self) -> bool:
         """Whether the module's state dict leaves out all of its frozen parameters, as an adapter's does."""

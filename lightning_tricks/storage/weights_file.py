@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.storage._atomic import atomic_file
+from lightning_tricks.storage._space import disk_errors
 
 __all__ = ["WeightsFile", "write_weights"]
 
@@ -51,6 +52,7 @@ def write_weights(
         metadata: strings to store in the file's header.
 
     Raises:
+        CheckpointError: if the disk refuses it, being full or not writable.
         MisconfigurationError: if `entries` differs from `layout`, or a dtype has no place in the format.
 
     Example:
@@ -61,7 +63,8 @@ def write_weights(
         {'step': '7'}
     """
     head = _encode_header(layout, metadata or {})
-    with atomic_file(Path(path)) as partial, partial.open("wb") as stream:
+    needed = len(head) + sum(_size(dtype, shape) for dtype, shape in layout.values())
+    with disk_errors(path, needed), atomic_file(Path(path)) as partial, partial.open("wb") as stream:
         stream.write(len(head).to_bytes(8, "little") + head)
         _write_entries(stream, layout, entries)
 
