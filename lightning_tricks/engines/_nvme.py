@@ -100,11 +100,22 @@ def _build_problem() -> MissingDependencyError | None:
         return MissingDependencyError(
             f"Swapping to NVMe builds a part of DeepSpeed, and there is no `ninja` on PATH: {remedy}"
         )
+    if torch.cuda.is_available() and _cuda_home() is None:
+        return MissingDependencyError(
+            "Swapping to NVMe builds a part of DeepSpeed with CUDA's headers, and there is no CUDA toolkit: apt-get"
+            " install nvidia-cuda-toolkit, or set CUDA_HOME to where it is"
+        )
     if not _links_libaio(compiler):
         return MissingDependencyError(
             "Swapping to NVMe needs libaio and its header, which this machine lacks: apt-get install libaio-dev"
         )
     return None
+
+
+def _cuda_home() -> str | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME
 
 
 def _links_libaio(compiler: Sequence[str]) -> bool:

@@ -60,6 +60,11 @@ def agree_on_offload(given: Given, stage: int, offload: Literal["cpu"] | Path | 
         raise given.conflict(key, "the stage, where parameters are not divided,", stage)
     sections = ("offload_optimizer", "offload_param")[: 2 if stage == 3 else 1]
     wanted = {section: _device(given, section, offload) for section in sections}
+    if stage != 3 and wanted["offload_optimizer"] == "nvme":  # DeepSpeed would take it for the host's memory, silently
+        where = f"`offload` is '{offload}'" if offload else f"{given.source} sets `offload_optimizer.device` to 'nvme'"
+        raise MisconfigurationError(
+            f"{where}, and ZeRO swaps to NVMe at stage 3 only, got stage {stage}: set `stage=3`, or `offload='cpu'`."
+        )
     folders = [_folder(given, section, offload) for section, device in wanted.items() if device == "nvme"]
     return Offload(wanted["offload_optimizer"], wanted.get("offload_param", "none"), tuple(dict.fromkeys(folders)))
 

@@ -287,6 +287,9 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         self._config["zero_optimization"].update(dict.fromkeys(free, size))
         if self.zero_stage_3 and self._given.at("zero_optimization.prefetch_bucket_size") is None:  # another name of it
             self._config["zero_optimization"].setdefault("stage3_prefetch_bucket_size", size)
+        if self._offload.parameters == "nvme" and not self._given.at("zero_optimization.offload_param.buffer_size"):
+            largest = max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+            self._config["zero_optimization"]["offload_param"]["buffer_size"] = -(-largest // self.world_size)
 
     def _device_rank(self) -> int:
         return self.local_rank if self.root_device.index is None else self.root_device.index

@@ -137,6 +137,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             {"stage": 3, "offload": "cpu"},
             "DeepSpeed ZeRO-3, parameters and optimizer state kept in the host's memory and updated there.",
         ),
+        "zero_3_nvme": Preset(
+            zero,
+            {"stage": 3, "offload": "nvme"},
+            "DeepSpeed ZeRO-3, parameters and optimizer state swapped to the folder LIGHTNING_TRICKS_NVME names.",
+        ),
     }
 )
 

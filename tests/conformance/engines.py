@@ -32,6 +32,8 @@ ENGINES = {
     "zero_3": ("zero_3", 2),
     "zero_3_offload": ("zero_3_offload", 2),
 }
+# Flags that few machines can run: no columns, but tests of their own.
+ELSEWHERE = {"zero_3_nvme": "tests/engines/test_nvme.py"}
 PRECISIONS = ("32-true", "bf16-mixed")
 REFERENCE = "one_device"
 
