@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_tricks.errors import MisconfigurationError, MissingDependencyError, TricksError
+from lightning_tricks.errors import MisconfigurationError, MissingDependencyError, TricksError, UnsupportedError
 
-__all__ = ["FOLDER_VARIABLE", "nvme_problem", "offload_target", "refuse_nvme"]
+__all__ = ["FOLDER_VARIABLE", "no_checkpoint", "nvme_problem", "offload_target", "refuse_nvme"]
 
 FOLDER_VARIABLE = "LIGHTNING_TRICKS_NVME"
 _PROGRAM = "#include <libaio.h>\nint main(void) { io_context_t context = 0; return io_queue_init(1, &context); }\n"
@@ -56,6 +56,16 @@ def refuse_nvme(folders: Sequence[Path], rank: int, world: int) -> None:
     for other, error in enumerate(found):
         if error is not None:
             raise error if other == rank else type(error)(f"Rank {other}: {error}")
+
+
+def no_checkpoint(what: str) -> UnsupportedError:
+    """The error of whatever saves or loads checkpoints: DeepSpeed's own would resume with other values, silently."""
+    return UnsupportedError(
+        what,
+        "zero_3 that swaps to NVMe",
+        "DeepSpeed's checkpoint of it brings neither step counts nor what was not swapped back",
+        "pass `enable_checkpointing=False`, save with `engine_of(trainer).save_weights(path)`, or offload to the CPU",
+    )
 
 
 def nvme_problem(folder: Path) -> TricksError | None:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
 from lightning_tricks.engines._machine import refuse_oversubscription, save_folder
-from lightning_tricks.engines._nvme import offload_target, refuse_nvme
+from lightning_tricks.engines._nvme import no_checkpoint, offload_target, refuse_nvme
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
 from lightning_tricks.engines._zero_agreement import (
@@ -161,6 +161,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         trainer = self._required_module.trainer
         if trainer.state.fn == "fit":
             agree_with_trainer(self._given, trainer, str(self.precision_plugin.precision), self.world_size)
+            if self._offload.folders and trainer.checkpoint_callbacks:
+                raise no_checkpoint(type(trainer.checkpoint_callbacks[0]).__name__)
         if self._given.at("gradient_clipping") is None:
             self._config["gradient_clipping"] = trainer.gradient_clip_val or 0.0
 
@@ -308,6 +310,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint folder, complete or not there. Called on all ranks."""
+        if self._offload.folders:
+            raise no_checkpoint("Saving a checkpoint")
         path = Path(self.broadcast(filepath))
         self.exclude_frozen_parameters = self._frozen_left_out()
         write = super().save_checkpoint
@@ -315,6 +319,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, of any number of ranks. The clipping threshold stays the one configured now."""
+        if self._offload.folders:
+            raise no_checkpoint("Loading a checkpoint")
         path = Path(self.broadcast(checkpoint_path))
         if path.is_file():
             raise CheckpointError(

@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from lightning_tricks.engines import ZeroStrategy, engine_of
 from lightning_tricks.errors import MisconfigurationError, MissingDependencyError, UnsupportedError
+from lightning_tricks.storage import WeightsFile
 from tests.engines import python_aio
 from tests.engines.checks import Net, Probe, Run, fit, weights_of
 from tests.engines.config_jobs import Stepless
@@ -76,3 +78,50 @@ def swapped(folder: str, stand_in: bool) -> None:
     assert probe.norms == pytest.approx(plain.norms, rel=1e-6)
     with pytest.raises(UnsupportedError, match="the masters are swapped out"):
         list(engine_of(trainer).named_shards())
+    path = Path(folder) / "whole.safetensors"
+    engine_of(trainer).save_weights(path)
+    for name, value in expected.items():
+        assert torch.equal(WeightsFile(path).tensor(name), value), name
+    with pytest.raises(UnsupportedError, match="the masters are swapped out"):
+        engine_of(trainer).load_weights(path)
+    with pytest.raises(UnsupportedError, match=r"Saving a checkpoint .* neither step counts"):
+        trainer.save_checkpoint(Path(folder) / "half.ckpt")
+
+
+def no_checkpoints(folder: str) -> None:
+    """A callback that saves checkpoints, or one to resume from: refused before the first step."""
+    python_aio.install()
+    strategy = ZeroStrategy(stage=3, offload=Path(folder))
+    with pytest.raises(UnsupportedError, match=r"ModelCheckpoint cannot .* pass `enable_checkpointing=False`, save"):
+        train(folder, Stepless(batches=1), strategy, enable_checkpointing=True)
+    strategy = ZeroStrategy(stage=3, offload=Path(folder))
+    (Path(folder) / "some.ckpt").mkdir(exist_ok=True)
+    with pytest.raises(UnsupportedError, match="Loading a checkpoint cannot run on zero_3 that swaps to NVMe"):
+        train(folder, Stepless(batches=1), strategy, Path(folder) / "some.ckpt")
+
+
+def built_late(folder: str) -> None:
+    """A module built in `configure_model`, in bf16: the configuration says how large its buffers are."""
+    python_aio.install()
+    swap = Path(folder) / "swap"
+    swap.mkdir(exist_ok=True)
+    config = {"zero_optimization": {"offload_param": {"buffer_size": 2_000_000}}}
+    swapping = ZeroStrategy(stage=3, offload=swap, config=config)
+    found = weights_of(train(folder, Late(batches=2), swapping, precision="bf16-mixed"))
+    expected = weights_of(train(folder, Late(batches=2), ZeroStrategy(stage=3), precision="bf16-mixed"))
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+class Late(Wide):
+    def __init__(self, batches: int) -> None:
+        L.LightningModule.__init__(self)
+        self.batches, self.optimizer, self.poison = batches, "adamw", None
+
+    def configure_model(self):
+        if not hasattr(self, "head"):
+            built = Wide(batches=self.batches)
+            for name, part in built.named_children():
+                setattr(self, name, part)
+            self.register_buffer("offset", torch.full((3,), 0.25))
+            self.register_buffer("seen", torch.tensor(0))

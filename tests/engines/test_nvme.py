@@ -124,3 +124,9 @@ def test_swapped_is_the_same(job, tmp_path):
 def test_swapped_is_the_same_without_libaio(job):
     """DeepSpeed's swapping is real here, except that Python reads and writes its files."""
     job("swapped", stand_in=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["no_checkpoints", "built_late"])
+def test_without_libaio(job, name):
+    job(name)
