@@ -105,11 +105,11 @@ REFUSALS = {
     ),
     "nvme": Refusal(
         ("zero_3",),
-        _SHARDS,
-        "Reading a rank's part of the weights",
-        "zero_3 with its optimizer on NVMe",
+        ("load_weights", *_SHARDS),
+        "Reading or writing a rank's part of the weights",
+        "zero_3 that swaps to NVMe",
         "the masters are swapped out",
-        "offload the optimizer to the CPU",
+        "offload to the CPU",
     ),
 }
 

@@ -89,6 +89,8 @@ class DeepSpeedEngine(BaseEngine):
     def _before_writing(self) -> None:
         """ZeRO-3: drop the whole copies, which would stay as they were; an evaluation's engine names it otherwise."""
         optimizer = self._live.optimizer
+        if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+            raise refusal("nvme")
         for name in ("_partition_all_parameters", "partition_all_parameters"):
             if self._stage == 3 and hasattr(optimizer, name):
                 getattr(optimizer, name)()

@@ -26,6 +26,7 @@ from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._ranks import broadcast_from_rank_zero
 from lightning_tricks.engines._replicas import Replicas, count_replicas, refuse_replicas, sharding_mesh
 from lightning_tricks.engines._saving import save_folder
+from lightning_tricks.engines._zero_optimizer import refuse_untrainable
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["FSDP2Strategy"]
@@ -99,6 +100,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Shard the module, then build the optimizers on its shards."""
         fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            refuse_untrainable(self.model)  # type: ignore[arg-type]
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
         self._shard(self.model, checkpointed=fitting and self.activation_checkpointing is not None)

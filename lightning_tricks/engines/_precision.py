@@ -23,14 +23,18 @@ class BringsPrecision(Strategy):
     """
 
     _brought: Mixed | None = None
+    _told_by = ""
+    _alike: str | None = None
 
-    def _bring_precision(self, precision: Mixed | None) -> None:
+    def _bring_precision(
+        self, precision: Mixed | None, told_by: str = "The strategy's precision", alike: str | None = None
+    ) -> None:
         if precision not in (None, "bf16-mixed", "16-mixed"):
             raise MisconfigurationError(
                 f"`precision` of a strategy must be 'bf16-mixed', '16-mixed' or None, got {precision!r}. Give any"
                 " other to the Trainer."
             )
-        self._brought = precision
+        self._brought, self._told_by, self._alike = precision, told_by, alike
 
     @property
     def precision_plugin(self) -> Precision:
@@ -39,10 +43,10 @@ class BringsPrecision(Strategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        if plugin is not None and self._brought not in (None, str(plugin.precision)):
+        if plugin is not None and self._brought is not None and plugin.precision not in (self._brought, self._alike):
             if plugin.precision != _LEFT_OUT:
                 raise MisconfigurationError(
-                    f"The strategy's precision is {self._brought!r} and the Trainer's is {str(plugin.precision)!r}:"
+                    f"{self._told_by} is {self._brought!r} and the Trainer's is {str(plugin.precision)!r}:"
                     " leave one of them out."
                 )
             plugin = self._plugin(self._brought)

@@ -23,12 +23,30 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
-from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
+from lightning_tricks.engines._machine import refuse_oversubscription
+from lightning_tricks.engines._nvme import no_checkpoint, offload_target, refuse_nvme
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._ranks import broadcast_from_rank_zero
 from lightning_tricks.engines._saving import save_folder
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
+from lightning_tricks.engines._zero_agreement import (
+    agree_on_batch,
+    agree_on_buckets,
+    agree_on_offload,
+    agree_on_optimizer,
+    agree_on_precision,
+    agree_on_schedule,
+    agree_on_stage,
+    agree_with_trainer,
+)
+from lightning_tricks.engines._zero_config import Config, merged, read_config
 from lightning_tricks.engines._zero_file import put_whole, refuse_resuming
+from lightning_tricks.engines._zero_optimizer import (
+    configured_optimizer,
+    refuse_changed,
+    refuse_optimizer,
+    refuse_untrainable,
+)
 from lightning_tricks.engines._zero_saving import save_zero
 from lightning_tricks.errors import MisconfigurationError, MissingDependencyError
 
@@ -46,6 +64,8 @@ _TRACES = "_lightning_tricks_zero"  # what DeepSpeed put on a module: kept with 
 _LARGEST_BUCKET = 200_000_000  # elements; Lightning's own
 _SMALLEST_BUCKET = 2**20
 _BUCKET_UNIT = 256  # DeepSpeed wants a multiple of its alignment
+_ALL_AT_ONCE = 10**12  # elements that the optimizer steps at once; Lightning's own
+_SWAPPED_AT_ONCE = 10**9  # DeepSpeed's own
 
 
 class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
@@ -57,18 +77,21 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     threshold back.
 
     Args:
-        stage: what is divided over the ranks: 1 optimizer state, 2 gradients as well, 3 parameters as well.
+        stage: what is divided over the ranks: 1 optimizer state, 2 gradients as well, 3 parameters as well. `None`: as
+            `config` says, else 2.
         bucket_size: elements (at least 1) reduced or gathered at once; `"auto"` is an eighth of the trained
             parameters, but no less than 2**20 (or all of them) and no more than 2e8.
         activation_checkpointing: `"blocks"` keeps the inputs of the module's repeated blocks only, and computes the
             rest again in the backward pass.
         offload: `"cpu"` keeps the optimizer state and the fp32 masters in the host's memory, where the optimizer steps;
-            at stage 3 the parts of the parameters as well.
-        precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
+            at stage 3 the parts of the parameters as well. A folder, at stage 3, swaps both to it; `"nvme"` to the
+            folder that the environment variable LIGHTNING_TRICKS_NVME names. `None`: as `config` says.
+        precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to `config` and the Trainer.
+        config: a DeepSpeed configuration, as a dict or the path of a JSON file, laid over the preset's.
 
     Raises:
         MissingDependencyError: if DeepSpeed is not installed.
-        MisconfigurationError: if an option is out of range.
+        MisconfigurationError: if an option is out of range, or `config` contradicts one.
 
     References:
         Rajbhandari et al.: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (SC 2020).
@@ -79,30 +102,41 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     def __init__(
         self,
         *,
-        stage: Literal[1, 2, 3] = 2,
+        stage: Literal[1, 2, 3] | None = None,
         bucket_size: int | Literal["auto"] = "auto",
         activation_checkpointing: Literal["blocks"] | None = None,
-        offload: Literal["cpu"] | None = None,
+        offload: Literal["cpu", "nvme"] | Path | str | None = None,
         precision: Mixed | None = None,
+        config: Config = None,
     ) -> None:
+        given = self._given = read_config(config, self.DEEPSPEED_ENV_VAR)
+        stage = agree_on_stage(given, stage)
         _refuse_options(stage, bucket_size)
         refuse_activation_checkpointing(activation_checkpointing)
-        refuse_offload(offload)
+        agree_on_buckets(given, bucket_size)
+        self.offload = offload_target(offload)
+        kept = self._offload = agree_on_offload(given, stage, self.offload)
         _require_deepspeed()
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is first imported
         super().__init__(
             stage=stage,
-            offload_optimizer=offload is not None,
-            offload_parameters=offload is not None and stage == 3,
-            pin_memory=offload is not None and torch.cuda.is_available(),
+            offload_optimizer=kept.optimizer != "none",
+            offload_optimizer_device=kept.optimizer,
+            offload_parameters=kept.parameters != "none",
+            offload_params_device=kept.parameters,
+            nvme_path=str(kept.folders[0]) if kept.folders else "",
+            pin_memory=torch.cuda.is_available(),
+            sub_group_size=_SWAPPED_AT_ONCE if kept.optimizer == "nvme" else _ALL_AT_ONCE,
             logging_level=logging.ERROR,
         )
-        self._bring_precision(precision)
         self._file: Path | None = None
+        self.config = merged(self._config, given.for_deepspeed())
+        self._config["zero_optimization"]["stage"] = stage
+        self._bring_precision(*agree_on_precision(given, precision))
         self.bucket_size = bucket_size
         self.activation_checkpointing = activation_checkpointing
-        self.offload = offload
+        self._trained: dict[str, int] = {}
 
     # -- accumulation: Lightning counts, DeepSpeed is told ---------------------------------------------------------
 
@@ -120,10 +154,39 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         finally:
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
 
+    # -- the configuration -----------------------------------------------------------------------------------------
+
+    def _load_config(self, config: Any) -> None:
+        """The user's is read in `__init__`, and laid over Lightning's defaults instead of replacing them."""
+
+    def _init_config_if_needed(self) -> None:
+        super()._init_config_if_needed()
+        if self.lightning_module is None:
+            return  # `Trainer.init_module`: the Trainer's own options come with the module
+        trainer = self._required_module.trainer
+        if trainer.state.fn == "fit":
+            agree_with_trainer(self._given, trainer, str(self.precision_plugin.precision), self.world_size)
+            if self._offload.folders and trainer.checkpoint_callbacks:
+                raise no_checkpoint(type(trainer.checkpoint_callbacks[0]).__name__)
+        if self._given.at("gradient_clipping") is None:
+            self._config["gradient_clipping"] = trainer.gradient_clip_val or 0.0
+
+    def _format_config(self) -> None:
+        mine: dict[str, Any] = {name: self._config.pop(name) for name in ("bf16", "fp16") if name in self._config}
+        super()._format_config()
+        self.config = merged(self._config, mine)
+
     def _format_batch_size_and_grad_accum_config(self) -> None:
-        super()._format_batch_size_and_grad_accum_config()
         self._config["gradient_accumulation_steps"] = 1
+        self._config.setdefault("train_micro_batch_size_per_gpu", 1)  # DeepSpeed's own log only; Lightning loads data
         self._config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Lightning hands every loader over: the training one is held against the configuration's batch size."""
+        trainer = self._required_module.trainer
+        if trainer.training:
+            agree_on_batch(self._given, trainer, dataloader, self.world_size)
+        return super().process_dataloader(dataloader)
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -142,18 +205,40 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             _use_cpu()
             with _gloo_only():
                 self._init_deepspeed_distributed()
+        refuse_nvme(self._offload.folders, self.global_rank, self.world_size)
         atexit.register(_destroy_dist_connection)  # threads that outlive the interpreter abort the process
 
     # -- the engine ------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """After every callback's own, and before the step: ZeRO trains what it divided."""
+        if batch_idx == 0:
+            refuse_changed(self._required_module, self._trained)
+        super().on_train_batch_start(batch, batch_idx)
+
+    def _initialize_deepspeed_train(self, model: Module) -> None:
+        self._config.pop("optimizer", None)  # a past fit's: Lightning would ask the module for none
+        super()._initialize_deepspeed_train(model)
+
+    def _init_optimizers(self) -> tuple[Any, Any]:
+        module, name = self._required_module, type(self._required_module).__name__
+        refuse_untrainable(module)
+        optimizer, schedule = configured_optimizer(module)
+        agree_on_optimizer(self._given, name, optimizer)
+        agree_on_schedule(self._given, name, schedule and schedule.scheduler)
+        if optimizer is not None:
+            refuse_optimizer(module, optimizer, f"zero_{self._config['zero_optimization']['stage']}")
+        elif (chosen := self._given.at("optimizer")) is not None:
+            self._config["optimizer"] = dict(chosen)
+        else:
+            raise MisconfigurationError(f"{name}.configure_optimizers returns no optimizer, and ZeRO needs one.")
+        return optimizer, schedule
 
     def _setup_model_and_optimizer(
         self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not trained:
-            raise MisconfigurationError(
-                f"{type(model).__name__} has no parameter that requires a gradient: ZeRO has nothing to train."
-            )
+        self._trained = {name: id(own) for name, own in model.named_parameters() if own.requires_grad}
         self._size_buckets(trained)
         if self.activation_checkpointing is not None:
             checkpoint_blocks(self._required_module)
@@ -205,9 +290,14 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         automatic = min(max(elements // 8, min(elements, _SMALLEST_BUCKET)), _LARGEST_BUCKET)
         size = automatic if self.bucket_size == "auto" else self.bucket_size
         size += -size % _BUCKET_UNIT
-        self._config["zero_optimization"].update(reduce_bucket_size=size, allgather_bucket_size=size)
-        if self.zero_stage_3:
+        names = ("reduce_bucket_size", "allgather_bucket_size")
+        free = [name for name in names if self._given.at(f"zero_optimization.{name}") is None]
+        self._config["zero_optimization"].update(dict.fromkeys(free, size))
+        if self.zero_stage_3 and self._given.at("zero_optimization.prefetch_bucket_size") is None:  # another name of it
             self._config["zero_optimization"].setdefault("stage3_prefetch_bucket_size", size)
+        if self._offload.parameters == "nvme" and not self._given.at("zero_optimization.offload_param.buffer_size"):
+            largest = max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+            self._config["zero_optimization"]["offload_param"]["buffer_size"] = -(-largest // self.world_size)
 
     def _device_rank(self) -> int:
         return self.local_rank if self.root_device.index is None else self.root_device.index
@@ -226,6 +316,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint folder, complete or not there. Called on all ranks."""
+        if self._offload.folders:
+            raise no_checkpoint("Saving a checkpoint")
         path = Path(self.broadcast(filepath))
         if storage_options is not None:
             raise MisconfigurationError("`storage_options` is for single files; ZeRO writes a folder: leave it out.")
@@ -238,6 +330,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
 
         The clipping threshold stays the one configured now.
         """
+        if self._offload.folders:
+            raise no_checkpoint("Loading a checkpoint")
         path = Path(self.broadcast(checkpoint_path))
         self._file = path if path.is_file() else None
         if self._file is not None:

@@ -1,6 +1,7 @@
 """The strategy presets: functions for those who set options, and the table of flags that name them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -31,28 +32,34 @@ class Preset(NamedTuple):
 
 def zero(
     *,
-    stage: Literal[1, 2, 3] = 2,
+    stage: Literal[1, 2, 3] | None = None,
     bucket_size: int | Literal["auto"] = "auto",
     activation_checkpointing: Literal["blocks"] | None = None,
-    offload: Literal["cpu"] | None = None,
+    offload: Literal["cpu", "nvme"] | Path | str | None = None,
     precision: Literal["bf16-mixed", "16-mixed"] | None = None,
+    config: dict[str, Any] | str | Path | None = None,
 ) -> ZeroStrategy:
     """DeepSpeed ZeRO: optimizer state, gradients and parameters divided over the ranks, on GPU and on CPU.
 
     Needs DeepSpeed: `pip install 'lightning-tricks[deepspeed]'`.
 
     Args:
-        stage: what is divided: 1 optimizer state, 2 gradients as well, 3 parameters as well.
+        stage: what is divided: 1 optimizer state, 2 gradients as well, 3 parameters as well; `None` is 2,
+            unless `config` says otherwise.
         bucket_size: elements (1 to about 2e8) reduced or gathered at once; `"auto"` scales it to the model.
         activation_checkpointing: `"blocks"` computes the model's repeated blocks again in the backward pass, instead
             of keeping what they computed.
         offload: `"cpu"` keeps optimizer state and fp32 master weights in the host's memory, and updates them there; at
-            stage 3 the parameters as well.
-        precision: what the Trainer's `precision` is to be; `None` leaves it to the Trainer.
+            stage 3 the parameters as well. The path of a folder, at stage 3, swaps all of these to it, and needs the
+            Debian packages g++ and libaio-dev; `"nvme"` takes the folder from the environment variable
+            LIGHTNING_TRICKS_NVME. A string is a path if it holds a separator.
+        precision: what the Trainer's `precision` is to be; `None` leaves it to the Trainer and to `config`.
+        config: a DeepSpeed configuration of your own, a dict or the path of a JSON file: what it leaves out, or leaves
+            to "auto", is as without it. `docs/engines.md` says what is held against what.
 
     Raises:
         MissingDependencyError: if DeepSpeed is not installed.
-        MisconfigurationError: if an option is out of range.
+        MisconfigurationError: if an option is out of range, or `config` contradicts one.
 
     Example:
         >>> from lightning_tricks.strategies import zero
@@ -60,6 +67,10 @@ def zero(
         Traceback (most recent call last):
         ...
         lightning_tricks.errors.MisconfigurationError: `stage` must be 1, 2 or 3, got 4. ...
+        >>> zero(stage=2, config={"zero_optimization": {"stage": 3}})
+        Traceback (most recent call last):
+        ...
+        lightning_tricks.errors.MisconfigurationError: `zero(config=...)` sets `zero_optimization.stage` to 3, but ...
 
     References:
         Rajbhandari et al.: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (SC 2020).
@@ -70,6 +81,7 @@ def zero(
         activation_checkpointing=activation_checkpointing,
         offload=offload,
         precision=precision,
+        config=config,
     )
 
 
@@ -136,6 +148,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             zero,
             {"stage": 3, "offload": "cpu"},
             "DeepSpeed ZeRO-3, parameters and optimizer state kept in the host's memory and updated there.",
+        ),
+        "zero_3_nvme": Preset(
+            zero,
+            {"stage": 3, "offload": "nvme"},
+            "DeepSpeed ZeRO-3, parameters and optimizer state swapped to the folder LIGHTNING_TRICKS_NVME names.",
         ),
     }
 )

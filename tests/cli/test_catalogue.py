@@ -29,7 +29,8 @@ def test_the_catalogue_is_what_the_code_says(tmp_path):
 
 
 @pytest.fixture
-def built(project, monkeypatch):
+def built(project, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_TRICKS_NVME", f"{tmp_path}")
     monkeypatch.setattr(TricksCLI, "_run_subcommand", lambda self, subcommand: None)
     light = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     return lambda *arguments: TricksCLI(["fit", *light, *arguments])

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ ENGINES = {
     "zero_3_offload": ("zero_3_offload", 2),
 }
 NODES = {"hsdp": 2}  # engines whose ranks are spread over machines, each played by processes of its own
+# Flags that few machines can run: no columns, but tests of their own.
+ELSEWHERE = {"zero_3_nvme": "tests/engines/test_nvme.py"}
 PRECISIONS = ("32-true", "bf16-mixed")
 REFERENCE = "one_device"
 
@@ -205,3 +208,10 @@ class Group:
                 waiting[stdout].receive()
             if not readable:
                 return
+
+
+def free_port() -> int:
+    """A port that nobody listens on now. Where a store can be passed on, as `Group` does, nothing can take it away."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

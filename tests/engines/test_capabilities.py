@@ -73,7 +73,7 @@ def test_engines_raise_every_refusal_of_the_table_and_no_other():
 def test_masters_on_nvme_are_refused():
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter._z3_optimizer = SimpleNamespace(swap_optimizer=True)
-    with pytest.raises(UnsupportedError, match=r"masters are swapped out\. Instead, offload the optimizer to the CPU"):
+    with pytest.raises(UnsupportedError, match=r"masters are swapped out\. Instead, offload to the CPU"):
         _local_partition(parameter)
 
 

@@ -8,8 +8,7 @@ import torch
 
 from lightning_tricks.cli.resume import newest_checkpoint
 from lightning_tricks.engines import read_checkpoint
-from tests.conformance.engines import ENGINES, Group
-from tests.engines.group import _free_port
+from tests.conformance.engines import ENGINES, Group, free_port
 from tests.recovery.kill_jobs import NAME, STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
@@ -33,7 +32,7 @@ POINTS = {  # engine -> how many: twenty in all
 def run(tmp_path_factory):
     """Fits in forked processes of one group."""
     group = Group(2, tmp_path_factory.mktemp("ranks"), f"{JOB}:prepare")
-    yield lambda **arguments: group.call(f"{JOB}:fit", port=_free_port(), **arguments)[0]
+    yield lambda **arguments: group.call(f"{JOB}:fit", port=free_port(), **arguments)[0]
     group.close()
 
 
