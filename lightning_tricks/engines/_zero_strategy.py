@@ -23,6 +23,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
+from lightning_tricks.engines._batch_norm import normalise_in_fp32
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
@@ -173,6 +174,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             dist_init_required=False,
             **options,
         )
+        normalise_in_fp32(model)
         added = [(hooks, key) for hooks, key in _hooks(model) if (id(hooks), key) not in before]
         vars(model)[_TRACES] = (weakref.ref(engine), added)
         return engine, optimizer
