@@ -5,22 +5,20 @@ changes the split, the order and the first weights; within a seed every row has 
 """
 
 import argparse
-import json
 import logging
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import _report
 from lightning.pytorch import Callback
 
 from lightning_tricks.cli.comparison import FULL, ROWS, Result, train
-from lightning_tricks.cli.demo_report import hardware
 
-RESULTS = Path(__file__).parent / "results" / "demo.json"
+RESULTS = _report.RESULTS / "demo.json"
 REPORTED = ("accuracy", "macro_f1", "recall_fresh", "recall_plot", "recall_rotten")
 
 
@@ -36,19 +34,15 @@ def main():
     for seed in options.seeds:
         for result in one_seed(seed):
             runs[result.name].append(result)
-    content = {
-        "question": "the demo's rows on the same split and budget; mean, least and most over the seeds",
-        "commit": commit(),
-        "hardware": hardware(),
-        "seeds": options.seeds,
-        "budget": asdict(FULL),
-        "seconds": round(time.perf_counter() - start),
-        "rows": {name: summary(results) for name, results in runs.items()},
-        "findings": findings(runs),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(content["findings"], indent=1), f"\nwritten to {options.output}")
+    _report.write(
+        options.output,
+        "the demo's rows on the same split and budget; mean, least and most over the seeds",
+        findings(runs),
+        seeds=options.seeds,
+        budget=asdict(FULL),
+        seconds=round(time.perf_counter() - start),
+        rows={name: summary(results) for name, results in runs.items()},
+    )
 
 
 def one_seed(seed):
@@ -104,15 +98,6 @@ def mean(metrics, name):
 
 def width(metrics, name):
     return max(each[name] for each in metrics) - min(each[name] for each in metrics)
-
-
-def commit():
-    def git(*arguments):
-        ran = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
-        return ran.stdout.strip() if ran.returncode == 0 else ""
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "../lightning_tricks")
-    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 if __name__ == "__main__":

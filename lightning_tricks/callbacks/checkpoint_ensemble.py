@@ -12,10 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_tricks.callbacks._base import TrickCallback, is_dry_run, writable_folder
+from lightning_tricks.callbacks._base import is_dry_run, writable_folder
 from lightning_tricks.callbacks._ensemble_file import write_ensemble
 from lightning_tricks.callbacks._evaluation import borrowed_weights, validate
 from lightning_tricks.callbacks._monitor import Mode, Monitor, checked_mode, joint
+from lightning_tricks.callbacks._scored import ScoredCallback
 from lightning_tricks.callbacks._shelf import Shelf
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import rank_scores
@@ -70,7 +71,7 @@ class _Member:
     metrics: dict[str, float] = field(default_factory=dict, repr=False)
 
 
-class CheckpointEnsemble(TrickCallback):
+class CheckpointEnsemble(ScoredCallback):
     """Averages the best checkpoints of a fit into one, and scores it beside the best single one.
 
     After each validation the weights are kept if they are among the best K. When the fit ends their uniform average
@@ -137,19 +138,6 @@ class CheckpointEnsemble(TrickCallback):
         if not is_dry_run(trainer):
             self._find_members()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the weights if they are among the best."""
-        if self._stage != "fit":
-            return
-        if trainer.sanity_checking:
-            self._monitor.check(trainer)
-            return
-        score = self._monitor.read(trainer, pl_module, self.engine)
-        if is_dry_run(trainer) or any(member.step == trainer.global_step for member in self._kept):
-            return
-        self._shelf.settle(self.engine)
-        self._consider(trainer, score)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the members, write the ensemble, and score it."""
         if is_dry_run(trainer):
@@ -213,7 +201,10 @@ class CheckpointEnsemble(TrickCallback):
                 f"two CheckpointEnsembles would write their ensemble.ckpt to {folder}: give each its own `dirpath`."
             )
 
-    def _consider(self, trainer: Trainer, score: float) -> None:
+    def _scored(self, trainer: Trainer, score: float) -> None:
+        """Keep the weights if they are among the best."""
+        if any(member.step == trainer.global_step for member in self._kept):
+            return
         candidates = [*self._kept, self._candidate(trainer, score)]
         order = rank_scores([member.score for member in candidates], mode=self._monitor.mode)
         chosen = [candidates[position] for position in order[: self.members.k]]

@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_tricks.callbacks._base import TrickCallback, is_dry_run, writable_folder
+from lightning_tricks.callbacks._base import is_dry_run, writable_folder
 from lightning_tricks.callbacks._monitor import Mode, Monitor, checked_mode
+from lightning_tricks.callbacks._scored import ScoredCallback
 from lightning_tricks.callbacks._shelf import Shelf
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import is_improvement
@@ -19,7 +20,7 @@ __all__ = ["EarlyStopping"]
 log = logging.getLogger(__name__)
 
 
-class EarlyStopping(TrickCallback):
+class EarlyStopping(ScoredCallback):
     """Stops a fit once a metric has not improved for `patience` validations, and puts the best weights back.
 
     The best weights are back in the module after `fit`, whatever ended it: this callback, `max_epochs` or another.
@@ -96,23 +97,6 @@ class EarlyStopping(TrickCallback):
             self._find_files()
         self._stop_if_due(trainer, trainer.current_epoch)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the metric with the best, keep the weights or count, and stop when the patience is exhausted."""
-        if self._stage != "fit":
-            return
-        if trainer.sanity_checking:
-            self._monitor.check(trainer)
-            return
-        score = self._monitor.read(trainer, pl_module, self.engine)
-        if is_dry_run(trainer):
-            return
-        self._shelf.settle(self.engine)
-        if is_improvement(score, self.best_score, mode=self.mode, min_delta=self.min_delta):
-            self._keep(trainer, score)
-        else:
-            self.wait_count += 1
-        self._stop_if_due(trainer, trainer.current_epoch)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if the patience was exhausted before, and `min_epochs` is reached only now."""
         self._stop_if_due(trainer, trainer.current_epoch + 1)
@@ -181,6 +165,14 @@ class EarlyStopping(TrickCallback):
                 "run that wrote it."
             )
             self.best_score = self.best_step = self._best_file = None
+
+    def _scored(self, trainer: Trainer, score: float) -> None:
+        """Keep the weights or count, and stop when the patience is exhausted."""
+        if is_improvement(score, self.best_score, mode=self.mode, min_delta=self.min_delta):
+            self._keep(trainer, score)
+        else:
+            self.wait_count += 1
+        self._stop_if_due(trainer, trainer.current_epoch)
 
     def _keep(self, trainer: Trainer, score: float) -> None:
         self.best_score, self.best_step, self.wait_count = score, trainer.global_step, 0

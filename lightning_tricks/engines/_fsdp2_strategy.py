@@ -19,6 +19,7 @@ from lightning_tricks.engines._activation_checkpointing import (
     checkpoints_blocks,
     refuse_activation_checkpointing,
 )
+from lightning_tricks.engines._batch_norm import normalisations_with_statistics
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._materialise import materialise, refuse_without_values
@@ -130,6 +131,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         dtypes = _dtypes(str(self.precision_plugin.precision))
         mesh = sharding_mesh(self.device_mesh["data_parallel"], self._replicas)
         common = {"mesh": mesh, "offload_policy": self._offload_policy()}
+        for norm in normalisations_with_statistics(module) if dtypes else []:
+            fully_shard(norm, **common, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         for block in blocks:
             fully_shard(block, **common, mp_policy=MixedPrecisionPolicy(**dtypes))
         # The module's own inputs are batches: targets and all are left as they are.

@@ -23,6 +23,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
+from lightning_tricks.engines._batch_norm import normalise_in_fp32
 from lightning_tricks.engines._machine import refuse_oversubscription
 from lightning_tricks.engines._nvme import no_checkpoint, offload_target, refuse_nvme
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
@@ -264,6 +265,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             **options,
         )
         broadcast_from_rank_zero(model.buffers(), self.root_device)  # DeepSpeed does parameters only
+        normalise_in_fp32(model)
         added = [(hooks, key) for hooks, key in _hooks(model) if (id(hooks), key) not in before]
         vars(model)[_TRACES] = (weakref.ref(engine), added)
         return engine, optimizer

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from lightning_tricks.data import TricksDataLoader, loader
 from lightning_tricks.errors import DataError, MisconfigurationError
+from tests.trainers import quiet_trainer as trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The number of training batches",
@@ -238,19 +239,6 @@ class Saver(L.Callback):
 
     def on_validation_end(self, trainer, *_):
         trainer.save_checkpoint(self.folder / f"validated-{trainer.global_step}.ckpt")
-
-
-def trainer(folder, callbacks=(), **options):
-    return L.Trainer(
-        **{"max_epochs": 3, **options},
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-    )
 
 
 def fit(run, resume=None, **options):

@@ -1,5 +1,6 @@
 """TextClassifier: what it trains, what it measures, what it saves, and how it resumes."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,10 @@ from lightning_tricks.recipes import TextClassificationData, TextClassifier
 from lightning_tricks.recipes._encoders import lora_targets
 from lightning_tricks.recipes.text_classification import _rate
 from tests.conformance.compare import differences
+from tests.trainers import quiet_trainer
 
 LABELS = ["calm", "keen", "rare"]
+trainer = functools.partial(quiet_trainer, max_epochs=2)
 
 
 def build(name, **options):
@@ -29,19 +32,6 @@ def build(name, **options):
 def remarks(path, **options):
     options = {"text": "remark", "label": "mood", "batch_size": 8, **options}
     return TextClassificationData(str(path), **options)
-
-
-def trainer(folder, callbacks=(), **options):
-    return L.Trainer(
-        **{"max_epochs": 2, **options},
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-    )
 
 
 def batch_of(data):
