@@ -20,6 +20,7 @@ from lightning_tricks.engines._activation_checkpointing import (
     refuse_activation_checkpointing,
 )
 from lightning_tricks.engines._blocks import find_blocks
+from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
@@ -51,6 +52,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     References:
         Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
     """
+
+    runs_check = True
 
     def __init__(
         self,
@@ -85,6 +88,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Shard the module, then build the optimizers on its shards."""
         fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            check_before_fit(trainer, self)
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
         self._shard(self.model, checkpointed=fitting and self.activation_checkpointing is not None)

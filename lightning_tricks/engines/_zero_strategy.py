@@ -17,12 +17,14 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
+from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
@@ -71,6 +73,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     """
 
     strategy_name = "zero"
+    runs_check = True
 
     def __init__(
         self,
@@ -138,6 +141,12 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             with _gloo_only():
                 self._init_deepspeed_distributed()
         atexit.register(_destroy_dist_connection)  # threads that outlive the interpreter abort the process
+
+    def setup(self, trainer: Trainer) -> None:
+        """Check a fit, then hand the module to DeepSpeed."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_before_fit(trainer, self)
+        super().setup(trainer)
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
