@@ -71,13 +71,14 @@ def _found(
     trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None = None
 ) -> Iterator[tuple[Known, Finding]]:
     """Every finding, and when it is known."""
-    used = tuple(tricks_in_use(trainer, module))
     try:
-        situation = Situation(trainer, module, datamodule, engine_of(trainer).name, used)
+        engine = engine_of(trainer).name
     except UnsupportedError as error:
-        yield from (("setup", _without_engine(trainer, one, error)) for one in used if one.ours)
+        used = [one for one in tricks_in_use(trainer, module) if one.ours]
+        yield from (("setup", _without_engine(trainer, one, error)) for one in used)
         return
-    for one in used:
+    situation = Situation(trainer, module, datamodule, engine, tuple(tricks_in_use(trainer, module)))
+    for one in situation.tricks:
         yield from _of(situation, one)
 
 

@@ -63,7 +63,7 @@ RULES = (
     ),
     Rule(
         who="gradient_clip_val",
-        when=lambda now, _: _yes(now.zero and str(now.trainer.gradient_clip_algorithm) == "value"),
+        when=lambda now, _: _yes(now.zero and now.trainer.gradient_clip_algorithm == "value"),
         verdict="refused",
         words="`gradient_clip_algorithm='value'` cannot be had on {engine}, since DeepSpeed clips by the norm only",
         remedy="clip by the norm, or use `strategy='fsdp2'`",

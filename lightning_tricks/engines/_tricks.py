@@ -54,6 +54,7 @@ class Trick:
         jobs: what it does, in the words that its rivals use as well: `"clip gradients"`.
         needs: the methods of `Engine` that it calls. What an engine refuses of them is refused of the trick.
         rules: what it does not do exactly, or not at all.
+        used: whether an object of a class that declares it makes use of it; None: always.
 
     Example:
         >>> Trick(jobs=("average weights",), needs=("named_shards", "put_shards")).rules
@@ -63,6 +64,7 @@ class Trick:
     jobs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    used: Callable[[Any], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def tricks_in_use(trainer: Trainer, module: LightningModule) -> Iterator[InUse]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield from _callback(callback)
     for base in type(module).__mro__:
-        if isinstance(declared := vars(base).get("trick"), Trick):
+        declared = vars(base).get("trick")
+        if isinstance(declared, Trick) and (declared.used is None or declared.used(module)):
             yield InUse(base.__name__, declared, module, ours=True)
     yield from _options(trainer, module)
     if module is trainer.lightning_module:

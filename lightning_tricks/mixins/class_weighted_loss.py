@@ -39,6 +39,11 @@ class Balanced:
         return balanced_weights(counts)
 
 
+def _weighs(module: Any) -> bool:
+    weights = module._buffers.get("class_weights")
+    return weights is not None and (weights.is_meta or bool((weights != weights[0]).any()))
+
+
 _MEAN_OF_EACH_MICRO_BATCH = Rule(
     when=lambda now, _: {} if now.trainer.accumulate_grad_batches > 1 else None,
     verdict="degraded",
@@ -70,7 +75,10 @@ class ClassWeightedLossMixin(_Base):
     """
 
     trick: ClassVar[Trick] = Trick(
-        jobs=("balance classes",), needs=("sum_over_ranks",), rules=(_MEAN_OF_EACH_MICRO_BATCH,)
+        jobs=("balance classes",),
+        needs=("sum_over_ranks",),
+        rules=(_MEAN_OF_EACH_MICRO_BATCH,),
+        used=_weighs,
     )
     class_weights: Tensor
 

@@ -91,7 +91,7 @@ class LoRAMixin(_Base):
         Hu et al.: LoRA: Low-rank adaptation of large language models (ICLR 2022).
     """
 
-    trick: ClassVar[Trick] = Trick(jobs=("adapt weights",))
+    trick: ClassVar[Trick] = Trick(jobs=("adapt weights",), used=lambda module: "_lora" in vars(module))
     _frozen_base: FrozenBase
     _lora: dict[str, dict[str, Any]]
 
