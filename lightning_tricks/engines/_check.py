@@ -59,10 +59,11 @@ def check_before_fit(trainer: Trainer, caller: object, known: Known = "setup") -
         UnsupportedError: if one thing is refused, for a reason of the engine's.
         MisconfigurationError: if one thing is refused for another reason, or several are; all are named.
     """
-    runners = [*trainer.callbacks, trainer.strategy]  # type: ignore[attr-defined]
-    runners = [runner for runner in runners if getattr(type(runner), "runs_check", False)]
-    if known == "data" or runners[0] is caller:
-        report = Report([finding for when, finding in _found(trainer, trainer.lightning_module) if when == known])
+    candidates = [*trainer.callbacks, trainer.strategy]  # type: ignore[attr-defined]
+    runners = [candidate for candidate in candidates if getattr(type(candidate), "runs_check", False)]
+    if known == "data" or (runners and runners[0] is caller):
+        now = {known} if runners else {"setup", "built", "data"}  # a module with a mixin comes last
+        report = Report([finding for when, finding in _found(trainer, trainer.lightning_module) if when in now])
         _raise(report)
         _warn(report)
 

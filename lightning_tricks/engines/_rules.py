@@ -17,6 +17,11 @@ def _yes(applies: bool, **names: object) -> Answer:
     return names if applies else None
 
 
+def _low(situation: Situation) -> dict[str, str]:
+    bits = situation.precision.removesuffix("-true")
+    return {"dtype": "fp16" if bits == "16" else bits, "mixed": f"{bits}-mixed"}
+
+
 def rival(job: str) -> Callable[[Situation, InUse], Answer]:
     """Whether another in use does the same job; `{other}` is its name. Of a pair, the first is asked.
 
@@ -98,17 +103,17 @@ RULES = (
     ),
     Rule(
         who="precision",
-        when=lambda now, _: _yes(not now.zero and now.precision in _LOW, low=now.precision.removesuffix("-true")),
+        when=lambda now, _: _yes(not now.zero and now.precision in _LOW, **_low(now)),
         verdict="degraded",
-        words="weights, gradients and moments are {low} themselves, without fp32 masters: small updates are lost",
-        remedy="use `precision='{low}-mixed'`",
+        words="weights, gradients and moments are {dtype} themselves, without fp32 masters: small updates are lost",
+        remedy="use `precision='{mixed}'`",
     ),
     Rule(
         who="precision",
-        when=lambda now, _: _yes(now.zero and now.precision in _LOW, low=now.precision.removesuffix("-true")),
+        when=lambda now, _: _yes(now.zero and now.precision in _LOW, **_low(now)),
         verdict="degraded",
-        words="DeepSpeed keeps fp32 masters all the same, so that it is '{low}-mixed', in memory as in results",
-        remedy="use `precision='{low}-mixed'`, which says so",
+        words="DeepSpeed keeps fp32 masters all the same, so that it is '{mixed}', in memory as in results",
+        remedy="use `precision='{mixed}'`, which says so",
     ),
     Rule(
         who="precision",

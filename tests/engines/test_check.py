@@ -256,7 +256,7 @@ def test_lbfgs_is_refused_before_the_first_step():
     ("strategy", "precision", "words"),
     [
         ("auto", "bf16-true", "weights, gradients and moments are bf16 themselves, without fp32 masters"),
-        ("fsdp2", "16-true", "weights, gradients and moments are 16 themselves"),
+        ("fsdp2", "16-true", "weights, gradients and moments are fp16 themselves"),
         pytest.param("zero_2", "bf16-true", "so that it is 'bf16-mixed'", marks=needs_deepspeed),
         ("auto", "64-true", "tests do not cover it"),
     ],

@@ -91,6 +91,13 @@ def test_weights_under_accumulation_are_degraded():
     assert lightning_tricks.check(ours, Weighted(counts=(4, 4))).verdict == "exact"
 
 
+def test_a_mixin_alone_is_told_before_the_first_step():
+    module = Weighted()
+    with pytest.raises(DegradedWarning, match="- ClassWeightedLossMixin: each micro-batch has a weighted mean"):
+        trainer(accumulate_grad_batches=2).fit(module)
+    assert module.steps == 0
+
+
 @pytest.mark.parametrize(
     "strategy", ["auto", "ddp", "fsdp2", *(pytest.param(f"zero_{s}", marks=needs_deepspeed) for s in (1, 2, 3))]
 )
