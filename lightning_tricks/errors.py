@@ -1,8 +1,9 @@
-"""The errors that the suite raises: one small tree, so that one `except TricksError` catches them all."""
+"""The errors that the suite raises: one small tree, so that one `except TricksError` catches them all. One warning."""
 
 __all__ = [
     "CheckpointError",
     "DataError",
+    "DegradedWarning",
     "MisconfigurationError",
     "MissingDependencyError",
     "TricksError",
@@ -28,6 +29,10 @@ class CheckpointError(TricksError):
 
 class MissingDependencyError(TricksError, ImportError):
     """An optional dependency is absent: the message holds the exact `pip install` line."""
+
+
+class DegradedWarning(UserWarning):
+    """Something in a fit that is not what it is on one device: the message says what, and what to do instead."""
 
 
 class UnsupportedError(TricksError, RuntimeError):

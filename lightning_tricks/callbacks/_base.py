@@ -2,11 +2,11 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_tricks.engines import Engine, engine_of
+from lightning_tricks.engines import Engine, Trick, check_before_fit, engine_of
 from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["TrickCallback", "is_dry_run", "writable_folder"]
@@ -18,8 +18,12 @@ class TrickCallback(Callback):
     Subclasses say what tells two instances apart (`_identity`), and override `_prepare`, `_capture` and `_restore`
     instead of `setup`, `state_dict` and `load_state_dict`: state is loaded into a `fit` only, so that
     `trainer.test(ckpt_path=...)` afterwards leaves what the fit found as it was.
+
+    The first of them in a fit runs `lightning_tricks.check`, which goes by what each declares in `trick`.
     """
 
+    trick: ClassVar[Trick] = Trick()
+    runs_check: ClassVar[bool] = True
     _stage: str = "fit"
 
     @property
@@ -33,11 +37,16 @@ class TrickCallback(Callback):
         return self._generate_state_key(**self._identity())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the engine, which refuses a foreign Trainer, and prepare for a fit."""
+        """Find the engine, which refuses a foreign Trainer, and check and prepare a fit."""
         self._engine = engine_of(trainer)
         self._stage = stage
         if stage == "fit":
+            check_before_fit(trainer, self)
             self._prepare(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what depends on the model and the optimizers, which are built now."""
+        check_before_fit(trainer, self, "built")
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs, in plain types."""

@@ -1,15 +1,17 @@
 """A monitored metric: its name, its direction, and its value after a validation."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_tricks.engines import Engine
+from lightning_tricks.engines import Engine, InUse, Rule, Situation
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import infer_mode
 
-__all__ = ["Mode", "Monitor", "checked_mode", "joint"]
+__all__ = ["NEEDS_VALIDATION", "Mode", "Monitor", "checked_mode", "joint"]
 
 Mode = Literal["auto", "min", "max"]
 
@@ -46,14 +48,6 @@ class Monitor:
         self.name = name
         self.mode = mode
 
-    def require_validation(self, trainer: Trainer) -> None:
-        """Refuse a fit that never validates."""
-        if not trainer.enable_validation:
-            raise MisconfigurationError(
-                f"{self.trick} monitors `{self.name}` after each validation, but this fit has none: give it a "
-                "validation dataloader and a `validation_step`, and `limit_val_batches` above 0."
-            )
-
     def check(self, trainer: Trainer) -> None:
         """Refuse a metric that the sanity check logged nothing of, if it logged others."""
         if trainer.callback_metrics and self.name not in trainer.callback_metrics:
@@ -83,3 +77,20 @@ def joint(score: float, pl_module: LightningModule, engine: Engine) -> float:
         return score
     total = engine.sum_over_ranks(torch.tensor(score, dtype=torch.float64, device=pl_module.device))
     return float(total) / engine.world_size
+
+
+def _never_validated(situation: Situation, used: InUse) -> Mapping[str, object] | str | None:
+    trainer, module, data = situation.trainer, situation.module, situation.datamodule
+    possible = trainer.limit_val_batches > 0 and is_overridden("validation_step", module)
+    known = is_overridden("val_dataloader", module) or (data is not None and is_overridden("val_dataloader", data))
+    if not possible or (situation.fitting and not trainer.enable_validation):
+        return {"monitor": used.source._monitor.name}
+    return None if situation.fitting or known else "it needs a validation dataloader"
+
+
+NEEDS_VALIDATION = Rule(
+    when=_never_validated,
+    verdict="refused",
+    words="{trick} monitors `{monitor}` after each validation, but this fit has none",
+    remedy="give it a validation dataloader and a `validation_step`, and `limit_val_batches` above 0",
+)

@@ -2,11 +2,11 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_tricks.callbacks._base import is_dry_run, writable_folder
 from lightning_tricks.callbacks._ensemble_file import write_ensemble
 from lightning_tricks.callbacks._evaluation import borrowed_weights, validate
-from lightning_tricks.callbacks._monitor import Mode, Monitor, checked_mode, joint
+from lightning_tricks.callbacks._monitor import NEEDS_VALIDATION, Mode, Monitor, checked_mode, joint
 from lightning_tricks.callbacks._scored import ScoredCallback
 from lightning_tricks.callbacks._shelf import Shelf
+from lightning_tricks.engines import InUse, Rule, Situation, Trick
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import rank_scores
 from lightning_tricks.storage import average_weights
@@ -71,6 +72,26 @@ class _Member:
     metrics: dict[str, float] = field(default_factory=dict, repr=False)
 
 
+def _running_statistics(situation: Situation, _: InUse) -> Mapping[str, object] | None:
+    for name, module in situation.module.named_modules():
+        if isinstance(module, _NormBase) and module.track_running_stats and module.training:
+            return {"layer": name, "kind": type(module).__name__}
+    return None
+
+
+_RULES = (
+    NEEDS_VALIDATION,
+    Rule(
+        when=_running_statistics,
+        verdict="refused",
+        words="{trick} cannot average the running statistics of `{layer}` ({kind}), whose mean belongs to no weights",
+        remedy="use a normalisation without them (LayerNorm, GroupNorm), or freeze them by putting the layer in "
+        "eval() mode before the fit",
+        known="built",
+    ),
+)
+
+
 class CheckpointEnsemble(ScoredCallback):
     """Averages the best checkpoints of a fit into one, and scores it beside the best single one.
 
@@ -108,6 +129,7 @@ class CheckpointEnsemble(ScoredCallback):
         Vaswani et al.: Attention is all you need (NeurIPS 2017), which averages its last checkpoints.
     """
 
+    trick: ClassVar[Trick] = Trick(jobs=("average checkpoints",), needs=("load_weights", "save_weights"), rules=_RULES)
     path: Path | None
     results: dict[str, dict[str, float]]
     _kept: list[_Member]
@@ -134,7 +156,6 @@ class CheckpointEnsemble(ScoredCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the members of a resumed run."""
         self._resumed = False
-        _refuse_running_statistics(pl_module)
         if not is_dry_run(trainer):
             self._find_members()
 
@@ -159,8 +180,6 @@ class CheckpointEnsemble(ScoredCallback):
         return {"monitor": self.members.monitor, "mode": self._monitor.mode, "folder": folder}
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitor.require_validation(trainer)
-        _refuse_running_statistics(pl_module)
         if trainer.global_step == 0:
             self._reset()
         if not is_dry_run(trainer):
@@ -268,14 +287,4 @@ class CheckpointEnsemble(ScoredCallback):
             log.info(
                 f"CheckpointEnsemble of {len(self._kept)}: `{name}` {found.get(name)}, best single {best.get(name)}; "
                 f"written to {self.path}."
-            )
-
-
-def _refuse_running_statistics(pl_module: LightningModule) -> None:
-    for name, module in pl_module.named_modules():
-        if isinstance(module, _NormBase) and module.track_running_stats and module.training:
-            raise MisconfigurationError(
-                f"CheckpointEnsemble cannot average the running statistics of `{name}` ({type(module).__name__}): "
-                "their mean belongs to no weights. Use a normalisation without them (LayerNorm, GroupNorm), or freeze "
-                "them by putting the layer in eval() mode before the fit."
             )

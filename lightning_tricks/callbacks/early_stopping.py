@@ -3,15 +3,16 @@
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_tricks.callbacks._base import is_dry_run, writable_folder
-from lightning_tricks.callbacks._monitor import Mode, Monitor, checked_mode
+from lightning_tricks.callbacks._monitor import NEEDS_VALIDATION, Mode, Monitor, checked_mode
 from lightning_tricks.callbacks._scored import ScoredCallback
 from lightning_tricks.callbacks._shelf import Shelf
+from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import is_improvement
 
@@ -60,6 +61,9 @@ class EarlyStopping(ScoredCallback):
         Prechelt: Early stopping - but when? (Neural Networks: Tricks of the Trade, 1998).
     """
 
+    trick: ClassVar[Trick] = Trick(
+        jobs=("stop early",), needs=("load_weights", "save_weights"), rules=(NEEDS_VALIDATION,)
+    )
     best_score: float | None
     best_step: int | None
     stopped_reason: str | None
@@ -116,7 +120,6 @@ class EarlyStopping(ScoredCallback):
         return {"monitor": self.monitor, "mode": self.mode}
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitor.require_validation(trainer)
         if trainer.global_step == 0:
             self._reset()
         if self.restore_best and not is_dry_run(trainer):

@@ -1,7 +1,7 @@
 """Clip the global norm of the gradients once per optimizer step, at a limit that a policy sets."""
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.callbacks._base import TrickCallback
+from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import clip_coefficient
 
@@ -94,6 +95,8 @@ class GradientClipping(TrickCallback):
     References:
         Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural networks (ICML 2013).
     """
+
+    trick: ClassVar[Trick] = Trick(jobs=("clip gradients",), needs=("gradient_norm", "clip_gradient_norm"))
 
     def __init__(self, policy: float | ClippingPolicy = 1.0) -> None:
         super().__init__()

@@ -1,15 +1,19 @@
 """The seam: what a trick may ask of whatever strategy trains."""
 
 from lightning_tricks.engines._capabilities import Capability, Refusal, capabilities
+from lightning_tricks.engines._check import check, check_before_fit
 from lightning_tricks.engines._consolidate import consolidate
 from lightning_tricks.engines._fsdp2_strategy import FSDP2Strategy
 from lightning_tricks.engines._inspect import CheckpointFacts, inspect_checkpoint
 from lightning_tricks.engines._protocol import Engine
 from lightning_tricks.engines._ranks import ranks
 from lightning_tricks.engines._read import read_checkpoint
+from lightning_tricks.engines._report import Finding, Report
+from lightning_tricks.engines._rules import rival
 from lightning_tricks.engines._saving import save_safely
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._shards import Shard
+from lightning_tricks.engines._tricks import InUse, Rule, Situation, Trick
 from lightning_tricks.engines._whole import whole
 from lightning_tricks.engines._zero_strategy import ZeroStrategy
 
@@ -18,15 +22,24 @@ __all__ = [
     "CheckpointFacts",
     "Engine",
     "FSDP2Strategy",
+    "Finding",
+    "InUse",
     "Refusal",
+    "Report",
+    "Rule",
     "Shard",
+    "Situation",
+    "Trick",
     "ZeroStrategy",
     "capabilities",
+    "check",
+    "check_before_fit",
     "consolidate",
     "engine_of",
     "inspect_checkpoint",
     "ranks",
     "read_checkpoint",
     "save_safely",
+    "rival",
     "whole",
 ]

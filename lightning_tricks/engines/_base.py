@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._clipping import options_that_clip
 from lightning_tricks.engines._weights import Entry, WeightsEngine
 from lightning_tricks.errors import MisconfigurationError
 
@@ -38,10 +39,8 @@ class BaseEngine(WeightsEngine):
     def claim_gradient_clipping(self, trick: str) -> None:
         """Reserve norm clipping for `trick`."""
         trainer = self._trainer
-        if trainer.gradient_clip_val:
-            raise MisconfigurationError(
-                f"{trick} and `Trainer(gradient_clip_val={trainer.gradient_clip_val})` both clip gradients: remove one."
-            )
+        if options := options_that_clip(trainer):
+            raise MisconfigurationError(f"{trick} and {options[0]} both clip gradients: remove one.")
         names = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
         rivals = [claim for claim in self._claims - {trick} if claim in names]
         rivals += [trick] * (names.count(trick) > 1)

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine, Entry
 from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._clipping import deepspeed_config
 from lightning_tricks.engines._zero_step import PRIVATE, StepGradients
-from lightning_tricks.errors import MisconfigurationError, UnsupportedError
+from lightning_tricks.errors import UnsupportedError
 from lightning_tricks.storage import WeightsFile
 
 __all__ = ["PRIVATE", "DeepSpeedEngine", "full_value"]
@@ -27,7 +28,7 @@ class DeepSpeedEngine(BaseEngine):
     """The engine of `zero_1`, `zero_2`, `zero_3` and of Lightning's `DeepSpeedStrategy` at those stages."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._stage = int(_config(trainer).get("zero_optimization", {}).get("stage", 0))
+        self._stage = int(deepspeed_config(trainer).get("zero_optimization", {}).get("stage", 0))
         super().__init__(trainer, f"zero_{self._stage}")
         self._gradients: Callable[[], StepGradients | None] = lambda: None
         if self._stage == 0:
@@ -36,15 +37,6 @@ class DeepSpeedEngine(BaseEngine):
             )
 
     # -- gradients ---------------------------------------------------------------------------------------------
-
-    def claim_gradient_clipping(self, trick: str) -> None:
-        """Reserve norm clipping for `trick`; the DeepSpeed configuration may not clip as well."""
-        super().claim_gradient_clipping(trick)
-        if threshold := _config(self._trainer).get("gradient_clipping"):
-            raise MisconfigurationError(
-                f"{trick} and the DeepSpeed configuration (`gradient_clipping: {threshold}`) both clip gradients:"
-                " remove one."
-            )
 
     def is_optimizer_step(self) -> bool:
         """Whether DeepSpeed will step: Lightning's own strategy calls the hook on every micro-batch."""
@@ -200,8 +192,3 @@ def _put_partition(parameter: Any, values: Tensor) -> None:
         safe_set_local_fp32_param(parameter, padded)
     else:
         parameter.ds_tensor.copy_(padded)
-
-
-def _config(trainer: Trainer) -> dict[str, Any]:
-    config: dict[str, Any] = getattr(trainer.strategy, "config", None) or {}
-    return config

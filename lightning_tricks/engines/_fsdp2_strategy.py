@@ -21,6 +21,7 @@ from lightning_tricks.engines._activation_checkpointing import (
 )
 from lightning_tricks.engines._batch_norm import normalisations_with_statistics
 from lightning_tricks.engines._blocks import find_blocks
+from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._materialise import materialise, refuse_without_values
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
@@ -64,6 +65,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         Zhao et al.: PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel (VLDB 2023).
     """
 
+    runs_check = True
+
     def __init__(
         self,
         *,
@@ -103,6 +106,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             refuse_untrainable(self.model)  # type: ignore[arg-type]
+            check_before_fit(trainer, self)
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
         self._shard(self.model, checkpointed=fitting and self.activation_checkpointing is not None)

@@ -17,13 +17,15 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
 from lightning_tricks.engines._batch_norm import normalise_in_fp32
+from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._machine import refuse_oversubscription
 from lightning_tricks.engines._nvme import no_checkpoint, offload_target, refuse_nvme
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
@@ -99,6 +101,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     """
 
     strategy_name = "zero"
+    runs_check = True
 
     def __init__(
         self,
@@ -208,6 +211,12 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
                 self._init_deepspeed_distributed()
         refuse_nvme(self._offload.folders, self.global_rank, self.world_size)
         atexit.register(_destroy_dist_connection)  # threads that outlive the interpreter abort the process
+
+    def setup(self, trainer: Trainer) -> None:
+        """Check a fit, then hand the module to DeepSpeed."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_before_fit(trainer, self)
+        super().setup(trainer)
 
     # -- the engine ------------------------------------------------------------------------------------------------
 

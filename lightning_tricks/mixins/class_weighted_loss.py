@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_tricks.engines import engine_of
+from lightning_tricks.engines import Rule, Trick, check_before_fit, engine_of
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional import balanced_weights, weighted_cross_entropy_sums
 from lightning_tricks.mixins._order import require_before_lightning_module
@@ -39,6 +39,19 @@ class Balanced:
         return balanced_weights(counts)
 
 
+def _weighs(module: Any) -> bool:
+    weights = module._buffers.get("class_weights")
+    return weights is not None and (weights.is_meta or bool((weights != weights[0]).any()))
+
+
+_MEAN_OF_EACH_MICRO_BATCH = Rule(
+    when=lambda now, _: {} if now.trainer.accumulate_grad_batches > 1 else None,
+    verdict="degraded",
+    words="each micro-batch has a weighted mean of its own, and counts the same whatever classes it holds",
+    remedy="train with larger batches and without `accumulate_grad_batches`",
+)
+
+
 class ClassWeightedLossMixin(_Base):
     """Cross-entropy in which rare classes weigh more, exact over ranks.
 
@@ -61,6 +74,12 @@ class ClassWeightedLossMixin(_Base):
         King, Zeng: Logistic regression in rare events data (Political Analysis, 2001).
     """
 
+    trick: ClassVar[Trick] = Trick(
+        jobs=("balance classes",),
+        needs=("sum_over_ranks",),
+        rules=(_MEAN_OF_EACH_MICRO_BATCH,),
+        used=_weighs,
+    )
     class_weights: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -114,6 +133,11 @@ class ClassWeightedLossMixin(_Base):
         numerator, denominator = weighted_cross_entropy_sums(logits, targets, weights, ignore_index=ignore_index)
         total, ranks = self._over_ranks(denominator)
         return numerator * ranks / torch.where(total > 0, total, 1.0)
+
+    def on_train_start(self) -> None:
+        """Warn if the training sampler balances the classes too."""
+        super().on_train_start()
+        check_before_fit(self.trainer, self, "data")
 
     def _over_ranks(self, value: Tensor) -> tuple[Tensor, int]:
         try:

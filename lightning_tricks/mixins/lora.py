@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_tricks.engines import Trick
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import path_matches
 from lightning_tricks.layers import LoRALinear, find_linears, leave_fast_path
@@ -90,6 +91,7 @@ class LoRAMixin(_Base):
         Hu et al.: LoRA: Low-rank adaptation of large language models (ICLR 2022).
     """
 
+    trick: ClassVar[Trick] = Trick(jobs=("adapt weights",), used=lambda module: "_lora" in vars(module))
     _frozen_base: FrozenBase
     _lora: dict[str, dict[str, Any]]
 

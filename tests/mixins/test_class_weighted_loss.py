@@ -52,6 +52,7 @@ def test_without_a_trainer_it_is_torchs(extra, ignored):
     torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
 
 
+@pytest.mark.filterwarnings("ignore:Not as on one device:lightning_tricks.errors.DegradedWarning")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_on_one_device_it_is_torchs(precision):
     trainer(precision=precision).fit(Model())
