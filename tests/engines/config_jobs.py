@@ -176,6 +176,11 @@ def clipping(folder: str) -> None:
     expected = weights_of(train(folder, Net(batches=3, optimizer="sgd"), gradient_clip_val=0.01))
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+    trainer = Run("zero", Path(folder)).trainer(max_steps=1, strategy=ZeroStrategy(stage=3), gradient_clip_val=0.01)
+    with trainer.init_module():  # the configuration is complete before the Trainer has a module
+        module = Net(batches=1)
+    trainer.fit(module)
+    assert trainer.strategy.deepspeed_engine.gradient_clipping() == 0.01
 
 
 # -- optimizers and parameters -------------------------------------------------------------------------------------
