@@ -32,7 +32,7 @@ def check_fit(arguments: list[str]) -> int:
         MisconfigurationError: for what `fit` itself would not understand.
     """
     try:
-        report = _CheckCLI(["fit", *arguments], resume=False).report
+        report = _CheckCLI(["fit", *(argument for argument in arguments if argument != "--resume")]).report
     except MisconfigurationException as error:  # Lightning's own
         raise MisconfigurationError(str(error)) from error
     _print(report)

@@ -6,7 +6,7 @@ from torch.optim import LBFGS
 
 from lightning_tricks.engines._tricks import InUse, Known, Rule, Situation
 
-__all__ = ["CIRCUMSTANCES", "RULES", "rival"]
+__all__ = ["CIRCUMSTANCES", "RULES", "rival", "rules_table"]
 
 Answer = Mapping[str, object] | str | None
 _TESTED = ("32-true", "bf16-mixed", "16-mixed")
@@ -187,3 +187,14 @@ CIRCUMSTANCES: Mapping[str, tuple[Known, Callable[[Situation, InUse], Answer]]] 
     "fused_scaler": ("built", _fused),
     "nvme": ("setup", _on_nvme),
 }
+
+_GENERIC = {"trick": "…", "other": "…", "engine": "…", "dtype": "bf16 or fp16", "mixed": "…-mixed"}
+
+
+def rules_table() -> str:
+    """The table in Markdown, for `docs/engines.md`."""
+    rows = [("what", "verdict", "why", "instead"), ("---",) * 4]
+    rows += [
+        (str(rule.who), rule.verdict, rule.words.format(**_GENERIC), rule.remedy.format(**_GENERIC)) for rule in RULES
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -29,7 +29,7 @@ def checked(project, capsys, monkeypatch):
 
 def test_exact(checked, project):
     before = sorted(path.name for path in project.iterdir() if path.name != "__pycache__")
-    code, shown = checked(CLIP, STOP)
+    code, shown = checked(CLIP, STOP, "--resume")
     assert code == 0
     assert "GradientClipping one_device exact" in shown
     assert "EarlyStopping one_device exact" in shown

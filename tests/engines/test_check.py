@@ -3,6 +3,7 @@
 import importlib.util
 import time
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -17,7 +18,7 @@ from lightning_tricks.callbacks._base import TrickCallback
 from lightning_tricks.engines import Rule, Trick, check_before_fit, engine_of
 from lightning_tricks.engines import check as check_of_engines
 from lightning_tricks.engines._capabilities import REFUSALS
-from lightning_tricks.engines._rules import CIRCUMSTANCES, RULES
+from lightning_tricks.engines._rules import CIRCUMSTANCES, RULES, rules_table
 from lightning_tricks.errors import DegradedWarning, MisconfigurationError, UnsupportedError
 from tests.engines.checks import Net
 
@@ -130,6 +131,13 @@ def test_a_strategy_without_an_engine_refuses_each_trick():
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_the_table():
+    """When this fails, paste `rules_table()` between the two comments of docs/engines.md."""
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    _, _, rest = page.partition("<!-- rendered from engines/_rules.py -->\n\n")
+    assert rest.partition("\n<!-- end of the rules -->")[0] == rules_table()
 
 
 def test_circumstances_are_those_of_refusals_that_exist():
