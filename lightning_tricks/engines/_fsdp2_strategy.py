@@ -21,6 +21,7 @@ from lightning_tricks.engines._activation_checkpointing import (
 )
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
+from lightning_tricks.engines._optimizers import refuse_closures
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
@@ -94,6 +95,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self.barrier()
         if fitting:
             self.setup_optimizers(trainer)
+            refuse_closures(self.optimizers, "FSDP2")
         self.setup_precision_plugin()
         if fitting and self.offload is None:
             _optimizers_to_device(self.optimizers, self.root_device)

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,18 @@ import torch
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
+from lightning_tricks.engines._optimizers import refuse_closures, refuse_several
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
+from lightning_tricks.engines._zero_manual import ManualWindow
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError
 
 __all__ = ["ZeroStrategy"]
@@ -98,6 +102,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         self.bucket_size = bucket_size
         self.activation_checkpointing = activation_checkpointing
         self.offload = offload
+        self._window: ManualWindow | None = None
 
     # -- accumulation: Lightning counts, DeepSpeed is told ---------------------------------------------------------
 
@@ -114,6 +119,31 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             yield
         finally:
             self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        """Before each backward, whoever asks for it."""
+        if not self._required_module.automatic_optimization:
+            self._manual_window().before_backward()
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Lightning's step; in manual optimisation it ends the window, after what the closure computes."""
+        module = model or self._required_module
+
+        def finished() -> Any:
+            result = closure()
+            self._manual_window().finish()
+            return result
+
+        return super().optimizer_step(
+            optimizer, closure if module.automatic_optimization else finished, model=model, **kwargs
+        )
+
+    def _manual_window(self) -> ManualWindow:
+        window = self._window
+        if window is None or window.engine is not self.deepspeed_engine:
+            stage = int(self._config["zero_optimization"]["stage"])
+            window = self._window = ManualWindow(self.deepspeed_engine, stage, self._lightning_optimizers)
+        return window
 
     def _format_batch_size_and_grad_accum_config(self) -> None:
         super()._format_batch_size_and_grad_accum_config()
@@ -140,6 +170,12 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         atexit.register(_destroy_dist_connection)  # threads that outlive the interpreter abort the process
 
     # -- the engine ------------------------------------------------------------------------------------------------
+
+    def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
+        optimizers, schedules = _init_optimizers_and_lr_schedulers(self._required_module)
+        refuse_several(optimizers, schedules)
+        refuse_closures(optimizers, "ZeRO")
+        return optimizers[0], schedules[0] if schedules else None
 
     def _setup_model_and_optimizer(
         self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
