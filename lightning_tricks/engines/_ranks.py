@@ -1,9 +1,13 @@
 """Which process this is, and what the others hold, with or without a Trainer."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["ranks", "sum_over_ranks"]
+__all__ = ["gather_over_ranks", "ranks", "sum_over_ranks"]
+
+T = TypeVar("T")
 
 
 def ranks() -> tuple[int, int]:
@@ -26,3 +30,16 @@ def sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
     total = tensor.detach().to(device, copy=True).contiguous()
     torch.distributed.all_reduce(total)
     return total.to(tensor.device)
+
+
+def gather_over_ranks(value: T) -> list[T]:
+    """The (picklable, small) `value` of each rank, in the order of ranks. Collective.
+
+    Example:
+        >>> gather_over_ranks({"rows": 3})
+        [{'rows': 3}]
+    """
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
