@@ -1,6 +1,7 @@
 """What all engines share about gradients: the claim on clipping, one norm a step, a veto once a step."""
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_tricks.errors import MisconfigurationError
 __all__ = ["BaseEngine", "Entry"]
 
 
-class BaseEngine(WeightsEngine):
+class BaseEngine(WeightsEngine, ABC):
     """The parts of the `Engine` protocol that do not depend on how parameters are laid out.
 
     A subclass says how the norms are found (`_norm`, `_group_norms`), how gradients are scaled (`_clip`), how a step is
@@ -31,7 +32,8 @@ class BaseEngine(WeightsEngine):
     def __init__(self, trainer: Trainer, name: str) -> None:
         super().__init__(trainer, name)
         self._claims: set[str] = set()
-        self._norms: dict[int, tuple[int, Tensor]] = {}
+        # Both per optimizer, with the step that they are of: a step of one optimizer is no step of another.
+        self._norms: weakref.WeakKeyDictionary[Any, tuple[int, Tensor]] = weakref.WeakKeyDictionary()
         self._vetoes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     # -- gradients ---------------------------------------------------------------------------------------------
@@ -56,10 +58,10 @@ class BaseEngine(WeightsEngine):
         """The global norm of this step's gradients, computed once."""
         _refuse_closures(optimizer)
         step = self._trainer.global_step
-        known, norm = self._norms.get(id(optimizer), (-1, None))
+        known, norm = self._norms.get(optimizer, (-1, None))
         if norm is None or known != step:
             norm = self._norm(optimizer)
-            self._norms[id(optimizer)] = (step, norm)
+            self._norms[optimizer] = (step, norm)
         return norm
 
     def gradient_norms(self, optimizer: Optimizer, groups: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
@@ -95,26 +97,31 @@ class BaseEngine(WeightsEngine):
             self._vetoes[optimizer] = self._trainer.global_step
             self._veto(optimizer)
 
+    def _forget_step(self, optimizer: Optimizer) -> None:
+        """After the optimizer's step: a fit that goes back to this step number must not find what this one left."""
+        self._norms.pop(optimizer, None)
+        self._vetoes.pop(optimizer, None)
+
     def _is_vetoed(self, optimizer: Optimizer) -> bool:
         return self._vetoes.get(optimizer) == self._trainer.global_step
 
     # -- what a subclass says ----------------------------------------------------------------------------------
 
-    def _norm(self, optimizer: Optimizer) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _norm(self, optimizer: Optimizer) -> Tensor: ...
 
-    def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor: ...
 
-    def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None: ...
 
-    def _veto(self, optimizer: Optimizer) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _veto(self, optimizer: Optimizer) -> None: ...
 
+    @abstractmethod
     def was_step_applied(self) -> bool:
         """Whether the last optimizer step changed the weights."""
-        raise NotImplementedError
 
 
 def _refuse_closures(optimizer: Optimizer) -> None:

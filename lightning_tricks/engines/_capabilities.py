@@ -11,7 +11,7 @@ _TORCH = ("one_device", "ddp", "fsdp2")
 _ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*_TORCH, *_ZERO)
 _NORMS = ("clip_gradient_norm", "gradient_norm", "gradient_norms", "veto_step")
-_SHARDS = ("named_shards", "put_shards")
+_SHARDS = ("load_shards", "named_shards", "put_shards", "save_shards")
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,20 @@ _METHODS = {
         "copies",
         "writes this rank's rows",
         "writes the masters; low-precision copies are refreshed",
+    ),
+    "save_shards": (
+        "between steps",
+        "yes",
+        "rank 0's values, streamed to one file",
+        "one tensor gathered at a time, streamed to one file",
+        "one tensor gathered at a time, streamed to one file",
+    ),
+    "load_shards": (
+        "between steps",
+        "no",
+        "every tensor whole",
+        "each rank reads its rows",
+        "each rank reads its stretches",
     ),
     "sum_over_ranks": ("once training runs", "yes", "a sum", "a sum", "a sum"),
     "broadcast": ("once training runs", "yes", "rank 0's value, or another's", "the same", "the same"),

@@ -24,6 +24,7 @@ from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._materialise import materialise, refuse_without_values
+from lightning_tricks.engines._optimizers import refuse_closures
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._ranks import broadcast_from_rank_zero
 from lightning_tricks.engines._replicas import Replicas, count_replicas, refuse_replicas, sharding_mesh
@@ -116,6 +117,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self.barrier()
         if fitting:
             self.setup_optimizers(trainer)
+            refuse_closures(self.optimizers, "FSDP2")
         self.setup_precision_plugin()
         if fitting and self.offload is None:
             _optimizers_to_device(self.optimizers, self.root_device)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tricks.functional import clip_coefficient
+
 __all__ = ["global_norm", "gradients_of", "group_norms", "scale_to_norm"]
 
 
@@ -49,8 +51,7 @@ def group_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Ten
 
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, limit: float | Tensor) -> None:
     """Scale gradients in place by `min(1, limit / norm)`; by 1 if the norm is not finite."""
-    factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
-    factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor)).to(norm.dtype)
+    factor = clip_coefficient(norm, limit).to(norm.dtype)
     parts = [_local(gradient) for gradient in gradients]
     if dense := [part for part in parts if not part.is_sparse]:
         torch._foreach_mul_(dense, factor.to(dense[0].device))  # offloaded gradients lie on the host

@@ -52,8 +52,9 @@ class PlainEngine(BaseEngine):
         """Called after every `step()` of every torch optimizer of this process."""
         trainer = self._reference()
         ours = trainer is not None and any(optimizer is own for own in trainer.optimizers)
-        if trainer is not None and ours and not self._is_vetoed(optimizer):
-            self._applied = trainer.global_step
+        if trainer is not None and ours:
+            self._applied = self._applied if self._is_vetoed(optimizer) else trainer.global_step
+            self._forget_step(optimizer)
 
     def _refuse_scaled_gradients(self, optimizer: Optimizer) -> None:
         """Lightning unscales fp16 gradients before `on_before_optimizer_step`, but not those of fused optimizers."""

@@ -159,6 +159,35 @@ class Engine(Protocol):
             MisconfigurationError: on every rank, if on some rank a name is missing or unknown, or a size differs.
         """
 
+    def save_shards(self, path: Path, values: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Write values kept beside `named_shards()`, such as averages, into one file that any number of ranks can load.
+
+        Lightning saves the callback state of rank 0 only, and a rank's part depends on the number of ranks: so keep
+        such values in a file beside the checkpoint, and its name in the callback's state. The file appears under
+        `path` only when it is complete: write it before the checkpoint that names it.
+
+        Live, between steps. Collective. Costs one sum over the ranks of each tensor (none on one device and DDP), and
+        the memory of one whole tensor on each rank.
+
+        Args:
+            path: the safetensors file; rank 0 writes it.
+            values: for each name that `named_shards()` gives on this rank, as many elements, of at most fp32.
+            metadata: strings to store in the file's header.
+
+        Raises:
+            MisconfigurationError: on every rank, if on some rank a name is missing or unknown, or a size differs, or a
+                dtype has no place in fp32.
+        """
+
+    def load_shards(self, path: Path) -> dict[str, Tensor]:
+        """This rank's parts of what `save_shards` wrote, on whatever engine and number of ranks: fp32, flat, bit-exact.
+
+        Live, between steps. Communicates nothing; each rank reads only what it holds.
+
+        Raises:
+            CheckpointError: if the file is absent or truncated, a name is missing or too many, or a shape differs.
+        """
+
     # -- ranks: live -------------------------------------------------------------------------------------------
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:

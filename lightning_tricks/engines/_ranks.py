@@ -1,11 +1,14 @@
 """Which process this is, and what the others hold, with or without a Trainer."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["broadcast_from_rank_zero", "ranks", "sum_over_ranks"]
+__all__ = ["broadcast_from_rank_zero", "gather_over_ranks", "ranks", "sum_over_ranks"]
+
+T = TypeVar("T")
 
 
 def ranks() -> tuple[int, int]:
@@ -38,3 +41,16 @@ def broadcast_from_rank_zero(tensors: Iterable[Tensor], device: torch.device) ->
                 moved = tensor.detach().to(device).contiguous()
                 torch.distributed.broadcast(moved, 0)
                 tensor.copy_(moved)
+
+
+def gather_over_ranks(value: T) -> list[T]:
+    """The (picklable, small) `value` of each rank, in the order of ranks. Collective.
+
+    Example:
+        >>> gather_over_ranks({"rows": 3})
+        [{'rows': 3}]
+    """
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values

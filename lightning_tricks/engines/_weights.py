@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
 from lightning_tricks.engines._saving import attempt, raise_together
+from lightning_tricks.engines._shard_files import named_wholes, rounded
 from lightning_tricks.engines._shards import Shard, misfit
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.storage import WeightsFile, write_weights
@@ -19,6 +20,7 @@ from lightning_tricks.storage import WeightsFile, write_weights
 __all__ = ["Entry", "WeightsEngine"]
 
 T = TypeVar("T")
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 _COMPILED = "_orig_mod."
 
 
@@ -84,12 +86,18 @@ class WeightsEngine:
             yield entry.name, self._whole(entry.tensor).detach().to("cpu", copy=True)
 
     def save_weights(self, path: Path, metadata: dict[str, str] | None = None) -> None:
-        """Stream the weights into one file, written by rank 0. A failure there is raised on every rank."""
+        """Stream the weights into one file, written by rank 0."""
         layout = {entry.name: self._layout(entry.tensor) for entry in self._entries()}
-        weights, failure = self.named_full_weights(), None
+        self._stream(path, layout, self.named_full_weights(), metadata)
+
+    def _stream(
+        self, path: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], metadata: dict[str, str] | None
+    ) -> None:
+        """Write what all ranks compute together, on rank 0. A failure there is raised on every rank."""
+        failure = None
         if self.rank == 0:
-            failure = attempt(lambda: write_weights(path, layout, weights, metadata))
-        for _ in weights:
+            failure = attempt(lambda: write_weights(path, layout, tensors, metadata))
+        for _ in tensors:
             continue
         raise_together(path, failure, self.world_size)
 
@@ -117,18 +125,38 @@ class WeightsEngine:
 
     def put_shards(self, values: Mapping[str, Tensor]) -> None:
         """Write this rank's parts back, and let the model compute with them."""
-        problem = misfit(self.named_shards(), values)
-        if self.sum_over_ranks(torch.tensor(float(problem is not None))) > 0:
-            raise MisconfigurationError(
-                f"The shards to put do not fit: {problem or 'those of another rank'}. Put what `named_shards()` gives"
-                " on this very rank, under the same names."
-            )
+        self._refuse_misfit("put", misfit(self.named_shards(), values))
         self._before_writing()
         with torch.no_grad():
             for entry in self._trained():
                 if entry.name in values:
                     self._put(entry, values[entry.name].detach())
             self._publish()
+
+    def save_shards(self, path: Path, values: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Gather one tensor after the other and stream it into one file, written by rank 0."""
+        shards = list(self.named_shards())
+        self._refuse_misfit("save", misfit(shards, values) or rounded(values))
+        shapes = {entry.name: self._layout(entry.tensor)[1] for entry in self._trained()}
+        layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
+        self._stream(path, layout, named_wholes(shards, values, shapes, self._device), metadata)
+
+    def load_shards(self, path: Path) -> dict[str, Tensor]:
+        """Read this rank's parts from a file of `save_shards`."""
+        file = WeightsFile(path)
+        self._refuse_mismatch(file, self._trained())
+        return {
+            shard.name: file.elements(shard.name, shard.start, shard.stop).to(shard.values.device)
+            for shard in self.named_shards()
+        }
+
+    def _refuse_misfit(self, verb: str, problem: str | None) -> None:
+        """Raise on every rank if there is a problem on any."""
+        if self.sum_over_ranks(torch.tensor(float(problem is not None))) > 0:
+            raise MisconfigurationError(
+                f"The shards to {verb} do not fit: {problem or 'those of another rank'}. Give what `named_shards()`"
+                " gives on this very rank, under the same names."
+            )
 
     def _trained(self) -> list[Entry]:
         """The parameters in training, each once, under plain names."""

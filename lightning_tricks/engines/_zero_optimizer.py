@@ -6,6 +6,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_tricks.engines._optimizers import refuse_closures, refuse_several
 from lightning_tricks.errors import MisconfigurationError, UnsupportedError
 
 __all__ = ["configured_optimizer", "refuse_changed", "refuse_optimizer", "refuse_untrainable"]
@@ -13,7 +14,6 @@ __all__ = ["configured_optimizer", "refuse_changed", "refuse_optimizer", "refuse
 # Class name, in lower case -> why ZeRO, which gives an optimizer flat pieces of the parameters, cannot run it.
 _WHOLE = "its update looks at a whole tensor, its shape or its norm, and ZeRO gives it flat pieces"
 _REFUSED = {
-    "lbfgs": "its step evaluates the loss several times, and DeepSpeed's step does not",
     "sparseadam": "it takes sparse gradients only, and ZeRO's are dense",
     **dict.fromkeys(("adafactor", "lamb", "lars", "muon", "shampoo", "soap"), _WHOLE),
 }
@@ -31,13 +31,8 @@ def refuse_untrainable(module: Module) -> None:
 def configured_optimizer(module: LightningModule) -> tuple[Optimizer | None, LRSchedulerConfig | None]:
     """What `configure_optimizers` returns: one optimizer or none, and at most one schedule."""
     optimizers, schedules = _init_optimizers_and_lr_schedulers(module)
-    for found, what in ((optimizers, "optimizer"), ([entry.scheduler for entry in schedules], "schedule")):
-        if len(found) > 1:
-            names = ", ".join(type(one).__name__ for one in found)
-            raise MisconfigurationError(
-                f"{type(module).__name__}.configure_optimizers returns {len(found)} {what}s ({names}), and DeepSpeed"
-                f" runs one: return one {what}, with parameter groups, or use `strategy='ddp'`."
-            )
+    refuse_several(optimizers, schedules)
+    refuse_closures(optimizers, "ZeRO")
     optimizer = None if isinstance(optimizers[0], _MockOptimizer) else optimizers[0]
     return optimizer, schedules[0] if schedules else None
 

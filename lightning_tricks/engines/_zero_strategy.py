@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,7 @@ from lightning_tricks.engines._zero_agreement import (
 )
 from lightning_tricks.engines._zero_config import Config, merged, read_config
 from lightning_tricks.engines._zero_file import put_whole, refuse_resuming
+from lightning_tricks.engines._zero_manual import ManualWindow
 from lightning_tricks.engines._zero_optimizer import (
     configured_optimizer,
     refuse_changed,
@@ -141,6 +142,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         self.bucket_size = bucket_size
         self.activation_checkpointing = activation_checkpointing
         self._trained: dict[str, int] = {}
+        self._window: ManualWindow | None = None
 
     # -- accumulation: Lightning counts, DeepSpeed is told ---------------------------------------------------------
 
@@ -179,6 +181,31 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         mine: dict[str, Any] = {name: self._config.pop(name) for name in ("bf16", "fp16") if name in self._config}
         super()._format_config()
         self.config = merged(self._config, mine)
+
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        """Before each backward, whoever asks for it."""
+        if not self._required_module.automatic_optimization:
+            self._manual_window().before_backward()
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Lightning's step; in manual optimisation it ends the window, after what the closure computes."""
+        module = model or self._required_module
+
+        def finished() -> Any:
+            result = closure()
+            self._manual_window().finish()
+            return result
+
+        return super().optimizer_step(
+            optimizer, closure if module.automatic_optimization else finished, model=model, **kwargs
+        )
+
+    def _manual_window(self) -> ManualWindow:
+        window = self._window
+        if window is None or window.engine is not self.deepspeed_engine:
+            stage = int(self._config["zero_optimization"]["stage"])
+            window = self._window = ManualWindow(self.deepspeed_engine, stage, self._lightning_optimizers)
+        return window
 
     def _format_batch_size_and_grad_accum_config(self) -> None:
         self._config["gradient_accumulation_steps"] = 1

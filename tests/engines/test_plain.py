@@ -104,7 +104,6 @@ def test_scaling_is_torchs(limit):
     scale_to_norm([ours.grad], ours.grad.norm(), limit)
     torch.nn.utils.clip_grad_norm_([theirs], 0.7)
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-6)
-    assert torch.equal(ours.grad, theirs.grad) or isinstance(limit, torch.Tensor)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -172,9 +171,6 @@ class Compiled(Net):
         wrapper = nn.Module()
         wrapper._orig_mod = self.enter
         self.enter = wrapper
-
-    def training_step(self, batch, index):
-        raise NotImplementedError
 
 
 class Strange(Net):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy
+from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy, _zero_manual
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._deepspeed import PRIVATE
 from lightning_tricks.engines._machine import refuse_oversubscription
@@ -105,3 +105,16 @@ def test_deepspeed_still_has_what_the_engine_touches(path, monkeypatch):
     missing = [method for method in PRIVATE[path] if not hasattr(optimizer, method)]
     assert missing == []
     assert "deepspeed" in sys.modules
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not run: needs DeepSpeed")
+def test_deepspeed_still_has_what_manual_optimisation_touches(monkeypatch):
+    """When this fails, a new DeepSpeed moved a private method: look at `engines/_zero_manual.py`."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    engine = importlib.import_module("deepspeed").DeepSpeedEngine
+    stages = ("stage_1_and_2.DeepSpeedZeroOptimizer", "stage3.DeepSpeedZeroOptimizer_Stage3")
+    for module, _, name in (stage.partition(".") for stage in stages):
+        optimizer = getattr(importlib.import_module(f"deepspeed.runtime.zero.{module}"), name)
+        assert [method for method in _zero_manual.PRIVATE if not hasattr(optimizer, method)] == []
+    assert [method for method in _zero_manual.ENGINE_PRIVATE if not hasattr(engine, method)] == []

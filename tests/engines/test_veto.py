@@ -124,3 +124,41 @@ def test_fused_optimizer_with_a_scaler_is_refused():
     trainer = quiet(Vetoer(), plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
     with pytest.raises(UnsupportedError, match=r"fused AdamW .* pass `fused=False`"):
         trainer.fit(WithOptimizer(lambda parameters: torch.optim.AdamW(parameters, fused=True)))
+
+
+def test_a_fit_that_goes_back_finds_nothing_of_the_fit_before(tmp_path):
+    """The same Trainer and optimizer, at the same step number, with other gradients."""
+
+    class Kept(Net):
+        scale = 1.0
+
+        def __init__(self) -> None:
+            super().__init__(batches=2)
+            self.kept = torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def training_step(self, batch, index):
+            return super().training_step(batch, index) * self.scale
+
+        def configure_optimizers(self):
+            return self.kept
+
+    class Second(L.Callback):
+        norms: tuple[float, ...] = ()
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.norms += (float(engine_of(trainer).gradient_norm(optimizer)),)
+            if trainer.global_step == 1 and pl_module.scale == 1:
+                engine_of(trainer).veto_step(optimizer)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):
+            if trainer.global_step == 1 and pl_module.scale == 1:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    callback, module = Second(), Kept()
+    trainer = quiet(callback, max_epochs=1, max_steps=-1)
+    trainer.fit(module)
+    module.scale = 16.0
+    trainer.fit(module, ckpt_path=tmp_path / "first.ckpt")
+    _, before, again = callback.norms
+    assert again == 16 * before
+    assert engine_of(trainer).was_step_applied()
