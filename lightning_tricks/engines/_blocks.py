@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_tricks.errors import MisconfigurationError
 
-__all__ = ["find_blocks"]
+__all__ = ["find_blocks", "outermost"]
 
 
 def find_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
@@ -23,7 +23,7 @@ def find_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]
             f"`shard` names {sorted(missing)[0]!r}, which {type(module).__name__} does not contain. It contains: "
             f"{', '.join(present)}."
         )
-    return [block for block in _outermost(found or list(_repeated(module))) if _owns_its_parameters(block, module)]
+    return [block for block in outermost(found or list(_repeated(module))) if _owns_its_parameters(block, module)]
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
@@ -33,7 +33,8 @@ def _repeated(module: nn.Module) -> Iterator[nn.Module]:
             yield from (item for item in part if classes[type(item)] >= 2 and any(True for _ in item.parameters()))
 
 
-def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
+def outermost(blocks: list[nn.Module]) -> list[nn.Module]:
+    """Those that lie in none of the others, each once."""
     inner = {id(part) for block in blocks for part in block.modules() if part is not block}
     return [block for block in dict.fromkeys(blocks) if id(block) not in inner]
 

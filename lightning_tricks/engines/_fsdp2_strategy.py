@@ -15,8 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_tricks.engines._activation_checkpointing import (
+    Recomputed,
     checkpoint_blocks,
-    checkpoints_blocks,
+    checkpoints,
     refuse_activation_checkpointing,
 )
 from lightning_tricks.engines._batch_norm import normalisations_with_statistics
@@ -53,7 +54,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         replicate: the number of copies of the model, each sharded over as many ranks that follow one another;
             `"nodes"`: a copy on each machine. 1 shards over all ranks.
         activation_checkpointing: `"blocks"` keeps the inputs of those blocks only, and computes the rest again in the
-            backward pass.
+            backward pass; class names, or a function that is true of a part, choose other parts.
         offload: `"cpu"` keeps the shards of parameters, gradients and optimizer state in the host's memory, where the
             optimizer steps; a block's parameters visit the device.
         precision: `"bf16-mixed"` or `"16-mixed"`; `None` leaves it to the Trainer.
@@ -73,7 +74,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         *,
         shard: Sequence[str] = (),
         replicate: Replicas = 1,
-        activation_checkpointing: Literal["blocks"] | None = None,
+        activation_checkpointing: Recomputed | None = None,
         offload: Literal["cpu"] | None = None,
         precision: Mixed | None = None,
     ) -> None:
@@ -110,7 +111,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
             check_before_fit(trainer, self)
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
-        self._shard(self.model, checkpointed=fitting and self.activation_checkpointing is not None)
+        self._shard(self.model, self.activation_checkpointing if fitting else None)
         self._materialise(self.model)
         if self.offload is None:  # else `fully_shard` has put everything in its place
             self.model_to_device()
@@ -122,14 +123,14 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         if fitting and self.offload is None:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, module: nn.Module, checkpointed: bool) -> None:
+    def _shard(self, module: nn.Module, recomputed: Recomputed | None) -> None:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         if any(isinstance(part, FSDPModule) for part in module.modules()):
-            self._refuse_late_options(module, checkpointed)
+            self._refuse_late_options(module, recomputed)
             return
-        if checkpointed:  # before the sharding: a block computed again gathers its parameters again
-            checkpoint_blocks(module, self.shard)
+        if recomputed is not None:  # before the sharding: a block computed again gathers its parameters again
+            checkpoint_blocks(module, recomputed, self.shard)
         blocks = find_blocks(module, self.shard)
         refuse_without_values(module)
         # `fully_shard` keeps each rank's own values, one shard from each: they must come from one initialisation.
@@ -154,8 +155,9 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         else:  # it shards itself, which makes its first values its own business
             _materialize_distributed_module(module, self.root_device)
 
-    def _refuse_late_options(self, module: nn.Module, checkpointed: bool) -> None:
-        late = ["activation_checkpointing='blocks'"] if checkpointed and not checkpoints_blocks(module) else []
+    def _refuse_late_options(self, module: nn.Module, recomputed: Recomputed | None) -> None:
+        known = recomputed is None or checkpoints(module, recomputed)
+        late = [] if known else [f"activation_checkpointing={getattr(recomputed, '__name__', recomputed)!r}"]
         offload, replicas = _SHARDED.get(module, (None, 1))
         late += [f"offload={self.offload!r}"] if offload != self.offload else []
         late += [f"replicate={self._replicas}"] if replicas != self._replicas else []

@@ -23,7 +23,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
+from lightning_tricks.engines._activation_checkpointing import (
+    Recomputed,
+    checkpoint_blocks,
+    refuse_activation_checkpointing,
+)
 from lightning_tricks.engines._batch_norm import normalise_in_fp32
 from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._machine import refuse_oversubscription
@@ -86,7 +90,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         bucket_size: elements (at least 1) reduced or gathered at once; `"auto"` is an eighth of the trained
             parameters, but no less than 2**20 (or all of them) and no more than 2e8.
         activation_checkpointing: `"blocks"` keeps the inputs of the module's repeated blocks only, and computes the
-            rest again in the backward pass.
+            rest again in the backward pass; class names, or a function that is true of a part, choose other parts.
         offload: `"cpu"` keeps the optimizer state and the fp32 masters in the host's memory, where the optimizer steps;
             at stage 3 the parts of the parameters as well. A folder, at stage 3, swaps both to it; `"nvme"` to the
             folder that the environment variable LIGHTNING_TRICKS_NVME names. `None`: as `config` says.
@@ -109,7 +113,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         *,
         stage: Literal[1, 2, 3] | None = None,
         bucket_size: int | Literal["auto"] = "auto",
-        activation_checkpointing: Literal["blocks"] | None = None,
+        activation_checkpointing: Recomputed | None = None,
         offload: Literal["cpu", "nvme"] | Path | str | None = None,
         precision: Mixed | None = None,
         config: Config = None,
@@ -278,7 +282,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         self._trained = {name: id(own) for name, own in model.named_parameters() if own.requires_grad}
         self._size_buckets(trained)
         if self.activation_checkpointing is not None:
-            checkpoint_blocks(self._required_module)
+            checkpoint_blocks(self._required_module, self.activation_checkpointing)
         return self._initialize(
             model, self._config, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
         )

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from torch.nn import Module
 
 from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy
 
@@ -34,7 +35,7 @@ def zero(
     *,
     stage: Literal[1, 2, 3] | None = None,
     bucket_size: int | Literal["auto"] = "auto",
-    activation_checkpointing: Literal["blocks"] | None = None,
+    activation_checkpointing: Literal["blocks"] | Sequence[str] | Callable[[Module], bool] | None = None,
     offload: Literal["cpu", "nvme"] | Path | str | None = None,
     precision: Literal["bf16-mixed", "16-mixed"] | None = None,
     config: dict[str, Any] | str | Path | None = None,
@@ -48,7 +49,7 @@ def zero(
             unless `config` says otherwise.
         bucket_size: elements (1 to about 2e8) reduced or gathered at once; `"auto"` scales it to the model.
         activation_checkpointing: `"blocks"` computes the model's repeated blocks again in the backward pass, instead
-            of keeping what they computed.
+            of keeping what they computed; a list of class names, or a function that is true of a part: those parts.
         offload: `"cpu"` keeps optimizer state and fp32 master weights in the host's memory, and updates them there; at
             stage 3 the parameters as well. The path of a folder, at stage 3, swaps all of these to it, and needs the
             Debian packages g++ and libaio-dev; `"nvme"` takes the folder from the environment variable
@@ -89,7 +90,7 @@ def fsdp2(
     *,
     shard: Sequence[str] = (),
     replicate: int | Literal["nodes"] = 1,
-    activation_checkpointing: Literal["blocks"] | None = None,
+    activation_checkpointing: Literal["blocks"] | Sequence[str] | Callable[[Module], bool] | None = None,
     offload: Literal["cpu"] | None = None,
     precision: Literal["bf16-mixed", "16-mixed"] | None = None,
 ) -> FSDP2Strategy:
@@ -101,7 +102,7 @@ def fsdp2(
         replicate: copies of the model (1 to the number of ranks, which it divides), each sharded over ranks that follow
             one another; `"nodes"`: one copy on each machine, so that parameters are gathered within it.
         activation_checkpointing: `"blocks"` computes those blocks again in the backward pass, instead of keeping what
-            they computed.
+            they computed; a list of class names, or a function that is true of a part: those parts instead.
         offload: `"cpu"` keeps parameters, gradients and optimizer state in the host's memory, and updates them there.
         precision: what the Trainer's `precision` is to be; `None` leaves it to the Trainer.
 

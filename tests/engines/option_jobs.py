@@ -88,7 +88,7 @@ class Counted(Net):
         super().__init__(batches=4, optimizer="sgd")
         self.calls = 0
         for block in self.blocks:
-            block.wide.register_forward_hook(self._count)
+            block.wide.register_forward_pre_hook(self._count)
             block.back = nn.Sequential(nn.Dropout(dropout), block.back)
         if frozen:
             self.requires_grad_(False)
@@ -142,6 +142,74 @@ def checkpointed(engine: str, folder: str, module: str) -> None:
     assert any(not torch.equal(expected[name], start[name]) for name in dict(plain.named_parameters()))
     assert plain.calls == 8
     assert again.calls == 16
+
+
+def is_wide(part: nn.Module) -> bool:
+    return isinstance(part, nn.Linear) and part.out_features == 33
+
+
+def is_stack(part: nn.Module) -> bool:
+    return isinstance(part, Stack)
+
+
+class Stack(nn.Module):
+    """Both blocks in one part, with what FSDP2 shards inside."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.items = blocks
+
+    def forward(self, x):
+        for block in self.items:
+            x = block(x)
+        return x
+
+
+class Stacked(Counted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Stack(self.blocks)])
+
+
+# What to choose, of which module, and how often its inner layers are computed in 4 steps of 2 blocks.
+POLICIES = {
+    "by name": (["Block"], Counted, 16),
+    "one layer of each block": (is_wide, Counted, 16),
+    "both blocks as one": (is_stack, Stacked, 16),
+    "another layer": (["Dropout"], Counted, 8),
+    "of a hugging face model": (["GPT2Block"], Transformer, 16),
+}
+
+
+def checkpointed_parts(engine: str, folder: str, policy: str) -> None:
+    """The same weights as without, what was chosen computed twice, and nothing else; as before in a second fit."""
+    choice, build, calls = POLICIES[policy]
+    plain, again = build(), build()
+    expected = weights_of(train(engine, folder, plain))
+    found = weights_of(train(engine, folder, again, activation_checkpointing=choice))
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), f"{name}: {(found[name] - value).abs().max():.2e} off"
+    assert (plain.calls, again.calls) == (8, calls)
+    train(engine, folder, again, activation_checkpointing=choice)
+    assert again.calls == 2 * calls
+    if build is Transformer:
+        assert again.net.config.use_cache is False
+
+
+def policy_refusals(engine: str, folder: str) -> None:
+    """On every rank, before the first step."""
+    for choice, match in (
+        (["Blok"], r"names 'Blok', which Counted does not contain\. It contains: Block, Dropout"),
+        (is_stack, "activation_checkpointing='is_stack'` found no part in Counted"),
+    ):
+        with pytest.raises(MisconfigurationError, match=match):
+            train(engine, folder, Counted(), activation_checkpointing=choice)
+    module = Counted()
+    train(engine, folder, module, activation_checkpointing=is_wide)
+    for choice in ("blocks", ["Block"], is_stack):
+        with pytest.raises(MisconfigurationError, match="earlier fit"):
+            train(engine, folder, module, activation_checkpointing=choice)
+    assert module.calls == 16
 
 
 def checkpointed_twice(engine: str, folder: str) -> None:

@@ -1,6 +1,7 @@
 """The strategies' options, each on two real processes."""
 
 import importlib.util
+import re
 
 import pytest
 
@@ -49,10 +50,26 @@ def test_activation_checkpointing_without_blocks_is_refused(job, engine):
     job("checkpointing_refusals", engine)
 
 
+@pytest.mark.parametrize("policy", jobs.POLICIES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_policy_chooses_what_is_computed_again(job, engine, policy):
+    job("checkpointed_parts", engine, policy=policy)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_policy_that_chooses_nothing_or_something_else_later_is_refused(job, engine):
+    job("policy_refusals", engine)
+
+
 @pytest.mark.parametrize("build", [FSDP2Strategy, pytest.param(ZeroStrategy, marks=ZERO)])
-def test_activation_checkpointing_is_blocks_or_none(build):
-    with pytest.raises(MisconfigurationError, match="must be 'blocks' or None, got True"):
-        build(activation_checkpointing=True)
+def test_activation_checkpointing_is_blocks_a_policy_or_none(build):
+    for value in (True, [], [1]):
+        with pytest.raises(
+            MisconfigurationError, match=rf"'blocks', a list of class names, .* got {re.escape(f'{value}')}"
+        ):
+            build(activation_checkpointing=value)
+    with pytest.raises(MisconfigurationError, match=r"or a list of class names, got 'Block': write \['Block'\]"):
+        build(activation_checkpointing="Block")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
