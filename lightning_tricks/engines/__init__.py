@@ -1,5 +1,6 @@
 """The seam: what a trick may ask of whatever strategy trains."""
 
+from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._capabilities import Capability, Refusal, capabilities
 from lightning_tricks.engines._consolidate import consolidate
 from lightning_tricks.engines._fsdp2_strategy import FSDP2Strategy
@@ -21,6 +22,7 @@ __all__ = [
     "Refusal",
     "Shard",
     "ZeroStrategy",
+    "allow_hyper_parameters",
     "capabilities",
     "consolidate",
     "engine_of",
