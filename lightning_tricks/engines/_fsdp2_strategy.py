@@ -20,6 +20,7 @@ from lightning_tricks.engines._activation_checkpointing import (
     checkpoints,
     refuse_activation_checkpointing,
 )
+from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._batch_norm import normalisations_with_statistics
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._check import check_before_fit
@@ -228,9 +229,14 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, or a single file: of one device, DDP or an ensemble."""
-        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
-        if not path.is_file():
-            return super().load_checkpoint(path, weights_only)
+        path = Path(self.broadcast(checkpoint_path))
+        with allow_hyper_parameters():
+            return (
+                self._load_file(path, weights_only) if path.is_file() else super().load_checkpoint(path, weights_only)
+            )
+
+    def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        module = self.lightning_module
         strict = module.strict_loading  # type: ignore[union-attr]
         self._refuse_file(path, strict, weights_only)
         # Lightning is strict about every parameter, also those that the module's state dict leaves out.

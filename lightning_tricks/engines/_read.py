@@ -1,8 +1,8 @@
 """A checkpoint of any engine, file or folder, as whole fp32 tensors on the CPU."""
 
 import contextlib
-import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._skim import skim_pickle
-from lightning_tricks.errors import CheckpointError, MissingDependencyError
+from lightning_tricks.engines._zero_files import model_files, of_zero, zero_folder
+from lightning_tricks.errors import CheckpointError
 from lightning_tricks.storage import WeightsFile
 
 __all__ = ["explained", "fsdp2_entries", "fsdp2_reader", "read_checkpoint"]
@@ -34,9 +36,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         tensors under plain names, floating-point ones in fp32. Peak memory: the whole model.
 
     Raises:
-        CheckpointError: if there is none, or it is truncated or incomplete, or holds objects other than tensors and
-            plain types.
-        MissingDependencyError: if it is a DeepSpeed folder and DeepSpeed is not installed.
+        CheckpointError: if there is none, or it is truncated or incomplete, or holds objects other than tensors,
+            plain types, paths and OmegaConf's containers. Nothing in it is run, and DeepSpeed need not be installed.
 
     Example:
         >>> import tempfile
@@ -60,6 +61,11 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except _BROKEN as error:
+        if foreign := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds an object of `{foreign[1]}`, which could run code: if you trust it, allow the class with"
+                f" `torch.serialization.add_safe_globals([{foreign[1].rpartition('.')[2]}])`."
+            ) from error
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): it is truncated, incomplete or not"
             " a checkpoint. Use another one, or save this one again."
@@ -68,7 +74,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        return _read_fsdp2(path) if (path / ".metadata").exists() else _read_deepspeed(path)
+        return _read_fsdp2(path) if (path / ".metadata").exists() else _read_zero(path)
     if path.suffix == ".safetensors":
         file = WeightsFile(path)
         return {"state_dict": {name: file.tensor(name) for name in file.names}, "metadata": file.metadata}
@@ -78,8 +84,9 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _load(path: Path) -> dict[str, Any]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    with allow_hyper_parameters():
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(content, dict):
         raise ValueError("it holds no checkpoint")
     return content
@@ -144,23 +151,11 @@ def _refuse_short_files(path: Path, pieces: Iterable[Any]) -> None:
             raise ValueError(f"{piece.relative_path} ends at byte {size}, before {piece.offset + piece.length}")
 
 
-def _read_deepspeed(path: Path) -> dict[str, Any]:
-    try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{path} is a DeepSpeed checkpoint, and DeepSpeed is not installed: "
-            "pip install 'lightning-tricks[deepspeed]'"
-        ) from error
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        masters = get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")
-    # DeepSpeed pickles its own classes beside the tensors; a folder of the user's own is trusted like it does.
-    replicated = path / "checkpoint" / "mp_rank_00_model_states.pt"
-    partitioned = path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    file = replicated if replicated.exists() else partitioned
-    client = torch.load(file, map_location="cpu", weights_only=False)
-    module = client.pop("module") if file == replicated else {}  # ZeRO-3 leaves placeholders there
-    return {**client, "state_dict": {**module, **masters}}
+def _read_zero(path: Path) -> dict[str, Any]:
+    """The rest lies beside the module, which is mapped and not read: its weights come from the fp32 masters."""
+    state = {name: found.read() for name, found in of_zero(path).items()}
+    rest = _load(model_files(zero_folder(path))[0], mmap=True)
+    return {**{name: value for name, value in rest.items() if name != "module"}, "state_dict": state}
 
 
 def _single(tensor: Tensor) -> Tensor:

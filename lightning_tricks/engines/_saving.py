@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor
 
+from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._ranks import ranks
 from lightning_tricks.errors import CheckpointError
 from lightning_tricks.storage._atomic import atomic_file, partial_name, publish_folder
@@ -84,6 +85,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         disk = disk_errors(Path(path), _bytes(checkpoint))
         with disk, atomic_file(Path(path)) as partial, partial.open("wb") as stream:
             torch.save(checkpoint, stream)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Read a file; hyper-parameters may hold OmegaConf's containers and paths."""
+        with allow_hyper_parameters():
+            return super().load_checkpoint(path, *arguments, **options)
 
 
 def save_safely(trainer: Trainer) -> None:

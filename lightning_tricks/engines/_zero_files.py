@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_tricks.engines._skim import Inert, Note, skim
 from lightning_tricks.errors import CheckpointError
 
-__all__ = ["Whole", "entry_of", "of_state_dict", "of_zero", "zero_files", "zero_folder"]
+__all__ = ["Whole", "entry_of", "model_files", "of_state_dict", "of_zero", "zero_files", "zero_folder"]
 
 Piece = tuple[Note, int, int]
 
@@ -69,10 +69,15 @@ def zero_folder(path: Path) -> Path:
     return folder
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files with a module's weights, or one rank's parts of them, and all that Lightning stored beside."""
+    return _ranked(folder, "*_model_states.pt")
+
+
 def zero_files(path: Path) -> tuple[int, list[Any], list[Any]]:
     """The stage of a ZeRO folder, the content of its model files, and that of its optimizer files, by rank."""
     folder = zero_folder(path)
-    models = [skim(file) for file in _ranked(folder, "*_model_states.pt")]
+    models = [skim(file) for file in model_files(folder)]
     states = [entry_of(skim(file), "optimizer_state_dict") for file in _ranked(folder, "*_optim_states.pt")]
     if not models:
         raise ValueError("it holds no model states")

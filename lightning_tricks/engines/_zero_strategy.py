@@ -28,6 +28,7 @@ from lightning_tricks.engines._activation_checkpointing import (
     checkpoint_blocks,
     refuse_activation_checkpointing,
 )
+from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._batch_norm import normalise_in_fp32
 from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._machine import refuse_oversubscription
@@ -378,7 +379,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         self._file = path if path.is_file() else None
         if self._file is not None:
             refuse_resuming(self._required_module, path)
-            return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            with allow_hyper_parameters():
+                return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         other_ranks = self._was_saved_by_others(path)
         if other_ranks:
             convert_for_other_ranks(self, path)

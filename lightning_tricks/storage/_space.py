@@ -63,7 +63,7 @@ def unwritable(
     told = f": {' and '.join(facts)}" if facts else ""
     return CheckpointError(
         f"{path} could not be saved{writer} ({reason}){told}. What was saved before it is as it was: make room or"
-        " choose another folder, and resume from there."
+        " choose another folder, and go on from there."
     )
 
 

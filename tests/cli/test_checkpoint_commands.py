@@ -47,7 +47,7 @@ def test_what_cannot_be_read_or_written(checkpoint, tmp_path, refused):
     assert "there is no checkpoint" in refused("inspect", f"{tmp_path}/none.ckpt")
     assert "there is no checkpoint" in refused("consolidate", f"{tmp_path}/none.ckpt", f"{tmp_path}/o.safetensors")
     assert "ends in .safetensors" in refused("consolidate", f"{checkpoint}", f"{tmp_path}/one.pt")
-    assert "cannot be written" in refused("consolidate", f"{checkpoint}", f"{checkpoint}/one.safetensors")
+    assert "could not be saved" in refused("consolidate", f"{checkpoint}", f"{checkpoint}/one.safetensors")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
     assert "truncated" in refused("inspect", f"{checkpoint}")
 
@@ -62,6 +62,8 @@ def test_a_full_disk_leaves_the_old_file(checkpoint, tmp_path, refused, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("lightning_tricks.storage.weights_file.os.fsync", full)
-        assert "cannot be written: No space left on device" in refused("consolidate", f"{checkpoint}", f"{out}")
+        assert "could not be saved (No space left on device): it needs" in refused(
+            "consolidate", f"{checkpoint}", f"{out}"
+        )
     assert out.read_bytes() == before
     assert sorted(item.name for item in tmp_path.iterdir()) == ["last.ckpt", "one.safetensors"]
