@@ -20,6 +20,7 @@ from lightning_tricks.engines._activation_checkpointing import (
     refuse_activation_checkpointing,
 )
 from lightning_tricks.engines._blocks import find_blocks
+from lightning_tricks.engines._headline import log_headline
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
@@ -97,6 +98,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self.setup_precision_plugin()
         if fitting and self.offload is None:
             _optimizers_to_device(self.optimizers, self.root_device)
+        log_headline(trainer)
 
     def _shard(self, module: nn.Module, checkpointed: bool) -> None:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._activation_checkpointing import checkpoint_blocks, refuse_activation_checkpointing
+from lightning_tricks.engines._headline import log_headline
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription, save_folder
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
@@ -140,6 +141,11 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         atexit.register(_destroy_dist_connection)  # threads that outlive the interpreter abort the process
 
     # -- the engine ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Build the optimizer and DeepSpeed's engine."""
+        super().setup(trainer)
+        log_headline(trainer)
 
     def _setup_model_and_optimizer(
         self, model: Module, optimizer: Optimizer | None, lr_scheduler: Any = None
