@@ -140,7 +140,7 @@ def main() -> None:
     if options.rank_of:
         rank(options.rank_of, options.width, options.depth)
         return
-    rows = {}
+    rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         for engine in options.engines:
             rows[engine] = group(engine, folder, options)
@@ -211,11 +211,13 @@ def write(rows: dict, options: argparse.Namespace) -> None:
 
     from lightning_tricks.cli.demo_report import hardware
 
+    if options.engines != ENGINES and options.output.exists():  # the others stay as they were measured before
+        rows = {**json.loads(options.output.read_text())["rows"], **rows}
     content = {
         "question": "bytes per parameter and rank on 2 ranks, AdamW, against the ZeRO paper's formula",
         "commit": commit(),
         "hardware": hardware(),
-        "rows": rows,
+        "rows": {engine: rows[engine] for engine in ENGINES if engine in rows},
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(content, indent=1) + "\n")
