@@ -188,6 +188,7 @@ class Recorder(L.Callback):
         self.found = describe(trainer).precision
         if hasattr(trainer.strategy.model, "register_comm_hook"):
             trainer.strategy.model.register_comm_hook(None, self._bucket)
+            assert describe(trainer).precision.reduction is None  # nobody knows what this hook does
         for optimizer in trainer.optimizers:
             inner = getattr(optimizer, "optimizer", None)
             if isinstance(inner, torch.optim.Optimizer):
