@@ -58,6 +58,7 @@ catalogue: $(VENV)/.dev  ## Render callbacks/*.yaml and strategies/*.yaml from t
 
 bench: $(VENV)/.dev  ## Run the benchmarks; results go to benchmarks/results.
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/memory.py
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

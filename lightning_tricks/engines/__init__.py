@@ -4,6 +4,7 @@ from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._capabilities import Capability, Refusal, capabilities
 from lightning_tricks.engines._check import check, check_before_fit
 from lightning_tricks.engines._consolidate import consolidate
+from lightning_tricks.engines._facts import Bytes, Memory, Precisions
 from lightning_tricks.engines._fsdp2_strategy import FSDP2Strategy
 from lightning_tricks.engines._inspect import CheckpointFacts, inspect_checkpoint
 from lightning_tricks.engines._protocol import Engine
@@ -19,12 +20,15 @@ from lightning_tricks.engines._whole import whole
 from lightning_tricks.engines._zero_strategy import ZeroStrategy
 
 __all__ = [
+    "Bytes",
     "Capability",
     "CheckpointFacts",
     "Engine",
     "FSDP2Strategy",
     "Finding",
     "InUse",
+    "Memory",
+    "Precisions",
     "Refusal",
     "Report",
     "Rule",

@@ -12,17 +12,18 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._clipping import options_that_clip
-from lightning_tricks.engines._weights import Entry, WeightsEngine
+from lightning_tricks.engines._live import LiveEngine
+from lightning_tricks.engines._weights import Entry
 from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["BaseEngine", "Entry"]
 
 
-class BaseEngine(WeightsEngine, ABC):
+class BaseEngine(LiveEngine, ABC):
     """The parts of the `Engine` protocol that do not depend on how parameters are laid out.
 
     A subclass says how the norms are found (`_norm`, `_group_norms`), how gradients are scaled (`_clip`), how a step is
-    dropped (`_veto`) and noticed (`was_step_applied`), and what `WeightsEngine` asks.
+    dropped (`_veto`) and noticed (`was_step_applied`), and what `WeightsEngine` and `LiveEngine` ask.
 
     Args:
         trainer: the Trainer; held weakly, so that an engine never keeps a model alive.

@@ -211,6 +211,20 @@ _METHODS = {
     "sum_over_ranks": ("once training runs", "yes", "a sum", "a sum", "a sum"),
     "broadcast": ("once training runs", "yes", "rank 0's value, or another's", "the same", "the same"),
     "barrier": ("once training runs", "yes", "waits", "waits", "waits"),
+    "memory": (
+        "`on_fit_start` or later",
+        "no",
+        "the storages of its tensors; DDP's buckets as its reducer gives them",
+        "this rank's shards, and what is gathered",
+        "this rank's parts, and whatever else DeepSpeed's optimizer keeps",
+    ),
+    "precision": (
+        "`on_fit_start` or later",
+        "no",
+        "autocast asked for a product; DDP's hook asked for the reduction",
+        "the policy that each parameter is sharded with",
+        "dtypes of the copies held; the engine's reduction",
+    ),
 }
 _GENERIC = {"engine": "this engine", "optimizer": "optimizer", "name": "…", "version": "of another version"}
 

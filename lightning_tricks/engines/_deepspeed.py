@@ -6,7 +6,7 @@ those of its optimizers are listed in `_zero_step.PRIVATE`, which a test compare
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tricks.engines import _zero_facts
 from lightning_tricks.engines._base import BaseEngine, Entry
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._clipping import deepspeed_config
+from lightning_tricks.engines._live import Held, elements
 from lightning_tricks.engines._zero_step import PRIVATE, StepGradients
 from lightning_tricks.errors import UnsupportedError
 from lightning_tricks.storage import WeightsFile
@@ -128,6 +130,25 @@ class DeepSpeedEngine(BaseEngine):
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
             if training:
                 optimizer.invalidate_secondary_tensor()
+
+    # -- what it holds -----------------------------------------------------------------------------------------
+
+    def _is_set_up(self) -> bool:
+        return hasattr(self._live, "was_step_applied")  # before that, it is the plain module
+
+    def _held(self) -> Held:
+        return _zero_facts.held(self._live, self._module)
+
+    def _masters(self) -> list[Tensor]:
+        return _zero_facts.masters(self._live)
+
+    def _computed(self) -> Iterator[tuple[torch.dtype, int]]:
+        cast = _zero_facts.uses_autocast(self._live)
+        for parameter in self._module.parameters():
+            yield cast or parameter.dtype, elements(parameter)
+
+    def _reduction(self) -> tuple[torch.dtype, ...]:
+        return _zero_facts.reduction(self._live)
 
 
 def full_value(parameter: Any) -> Tensor:

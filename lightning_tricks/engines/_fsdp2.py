@@ -1,13 +1,16 @@
 """FSDP2: each parameter and its gradient is a DTensor, cut along its first dimension."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tricks.engines._base import Entry
 from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._facts import by_elements, short, within
+from lightning_tricks.engines._live import Held
 from lightning_tricks.engines._plain import PlainEngine
 from lightning_tricks.storage import WeightsFile
 
@@ -65,6 +68,32 @@ class FSDP2Engine(PlainEngine):
         local = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
         local.copy_(values.reshape(local.shape))
 
+    # -- what it holds -----------------------------------------------------------------------------------------
+
+    def _held(self) -> Held:
+        self._reshard()
+        states = [_state(module) for module in self._module.modules() if _is_sharded(module)]
+        return super()._held()._replace(engine={"gathered parameters": within(states, "torch.distributed.fsdp")})
+
+    def _computed(self) -> Iterator[tuple[torch.dtype, int]]:
+        for parameter, policy in _policies(self._module, None):
+            yield (policy and policy.param_dtype) or parameter.dtype, parameter.numel()
+
+    def _reduction(self) -> tuple[torch.dtype, ...]:
+        return by_elements(
+            (policy.reduce_dtype or policy.param_dtype or parameter.dtype, parameter.numel())
+            for parameter, policy in _policies(self._module, None)
+            if parameter.requires_grad and policy is not None and parameter.device_mesh.size() > 1
+        )
+
+    def _input_casts(self) -> list[str]:
+        sharded = [(module, _state(module)._mp_policy) for module in self._module.modules() if _is_sharded(module)]
+        casting = [(module, policy) for module, policy in sharded if policy.cast_forward_inputs and policy.param_dtype]
+        return [
+            f"{type(module).__name__.removeprefix('FSDP')} casts its float inputs to {short(policy.param_dtype)}"
+            for module, policy in {type(module): (module, policy) for module, policy in casting}.values()
+        ]
+
 
 def place(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of this rank's part of a DTensor, and where in the whole it begins."""
@@ -74,3 +103,22 @@ def place(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if 0 in shape:  # a rank without a part: its offset may lie beyond the end
         offset = torch.Size([0] * len(shape))
     return tuple(shape), tuple(offset)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _state(module: Any) -> Any:
+    return module._get_fsdp_state()
+
+
+def _policies(module: nn.Module, policy: Any) -> Iterator[tuple[Any, Any]]:
+    """Each parameter with the mixed-precision policy it is gathered under; None if it is not sharded by FSDP2."""
+    policy = _state(module)._mp_policy if _is_sharded(module) else policy
+    for parameter in module.parameters(recurse=False):
+        yield parameter, policy if hasattr(parameter, "to_local") else None
+    for child in module.children():
+        yield from _policies(child, policy)

@@ -24,6 +24,7 @@ from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._batch_norm import normalisations_with_statistics
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._check import check_before_fit
+from lightning_tricks.engines._headline import log_headline
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._materialise import materialise, refuse_without_values
 from lightning_tricks.engines._optimizers import refuse_closures
@@ -123,6 +124,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         self.setup_precision_plugin()
         if fitting and self.offload is None:
             _optimizers_to_device(self.optimizers, self.root_device)
+        log_headline(trainer)
 
     def _shard(self, module: nn.Module, recomputed: Recomputed | None) -> None:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard

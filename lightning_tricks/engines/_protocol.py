@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tricks.engines._facts import Memory, Precisions
 from lightning_tricks.engines._shards import Shard
 
 __all__ = ["Engine"]
@@ -198,3 +199,30 @@ class Engine(Protocol):
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
+
+    # -- what it is: live --------------------------------------------------------------------------------------
+
+    def memory(self) -> Memory:
+        """What this rank has allocated for the training state, by what it is for, read from the tensors that exist.
+
+        Each storage counts once and as a whole, padding included. What does not exist yet is `None`: gradients before
+        the first backward and wherever the engine has freed them, the optimizer's state before its first step. Ask in
+        `on_before_optimizer_step` for gradients. Left out is what a step needs and frees: activations, and gradients
+        on their way.
+
+        Live, in `on_fit_start` or later, and outside forward and backward; after `fit`, what is left. Communicates
+        nothing. Costs a walk over the engine's tensors.
+
+        Raises:
+            MisconfigurationError: if the engine is not set up yet.
+        """
+
+    def precision(self) -> Precisions:
+        """The dtypes in force: of parameters, masters, the forward pass and the reduction; and what a batch undergoes.
+
+        Read from the tensors and from what the engine was built with, not from the options asked for. Phase and cost as
+        `memory`.
+
+        Raises:
+            MisconfigurationError: if the engine is not set up yet.
+        """

@@ -31,6 +31,7 @@ from lightning_tricks.engines._activation_checkpointing import (
 from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._batch_norm import normalise_in_fp32
 from lightning_tricks.engines._check import check_before_fit
+from lightning_tricks.engines._headline import log_headline
 from lightning_tricks.engines._machine import refuse_oversubscription
 from lightning_tricks.engines._nvme import no_checkpoint, offload_target, refuse_nvme
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
@@ -249,6 +250,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             check_before_fit(trainer, self)
         super().setup(trainer)
+        log_headline(trainer)
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
