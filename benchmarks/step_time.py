@@ -32,7 +32,7 @@ PAIRS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS)
-    parser.add_argument("--blocks", type=int, default=10)
+    parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--output", type=Path, default=_report.RESULTS / "step_time.json")
     options = parser.parse_args()
     start, busy = time.perf_counter(), _report.load_average()
