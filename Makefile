@@ -11,6 +11,7 @@ UPGRADE := .venv-upgrade
 UPGRADE_TESTS := tests/engines tests/strategies tests/conformance tests/recovery
 UPGRADED := $(UPGRADE)/bin/python -c "from importlib.metadata import version as v; \
   print('tested against', *(f'{n} {v(n)}' for n in ('lightning', 'deepspeed', 'torch')))"
+BENCHMARKS := equivalence memory step_time seam demo
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu upgrade lint format matrix catalogue bench clean
@@ -57,8 +58,7 @@ catalogue: $(VENV)/.dev  ## Render callbacks/*.yaml and strategies/*.yaml from t
 	$(BIN)/python -m lightning_tricks.cli.catalogue
 
 bench: $(VENV)/.dev  ## Run the benchmarks; results go to benchmarks/results.
-	$(BIN)/python benchmarks/demo.py
-	$(BIN)/python benchmarks/memory.py
+	for script in $(BENCHMARKS); do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

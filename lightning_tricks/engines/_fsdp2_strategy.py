@@ -141,9 +141,10 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         dtypes = _dtypes(str(self.precision_plugin.precision))
         mesh = sharding_mesh(self.device_mesh["data_parallel"], self._replicas)
         common = {"mesh": mesh, "offload_policy": self._offload_policy()}
-        for norm in normalisations_with_statistics(module) if dtypes else []:
+        norms = normalisations_with_statistics(module) if dtypes else []
+        for norm in norms:
             fully_shard(norm, **common, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        for block in blocks:
+        for block in (block for block in blocks if block not in norms):
             fully_shard(block, **common, mp_policy=MixedPrecisionPolicy(**dtypes))
         # The module's own inputs are batches: targets and all are left as they are.
         policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)

@@ -123,11 +123,17 @@ class ConvNet(Task):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_convolution(3, 10), *_convolution(10, 13), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        sizes = ((3, 10), (10, 13), (13, 13))
+        self.convolutions = nn.ModuleList(nn.Conv2d(*size, 3, padding=1, bias=False) for size in sizes)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for _, size in sizes)
         self.head = nn.Linear(13, 3)
+        for norm in self.norms:
+            nn.init.normal_(norm.running_mean, std=0.1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images))
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = norm(convolution(x)).relu()
+        return self.head(x.mean((2, 3)))
 
     def data(self, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         images = torch.randn(samples, 3, 8, 8, generator=generator)
@@ -234,9 +240,3 @@ def _decided(name: str, value: Tensor) -> Tensor:
 
 def _tokens(samples: int, generator: torch.Generator, length: int = LENGTH) -> Tensor:
     return torch.randint(1, WORDS, (samples, length), generator=generator)
-
-
-def _convolution(wide: int, out: int) -> list[nn.Module]:
-    norm = nn.BatchNorm2d(out)
-    nn.init.normal_(norm.running_mean, std=0.1)
-    return [nn.Conv2d(wide, out, 3, padding=1, bias=False), norm, nn.ReLU()]
