@@ -45,7 +45,7 @@ __all__ = [
     "inspect_checkpoint",
     "ranks",
     "read_checkpoint",
-    "save_safely",
     "rival",
+    "save_safely",
     "whole",
 ]

@@ -360,7 +360,7 @@ def test_averaging_beside_an_optimizer_on_nvme_is_refused():
     report = lightning_tricks.check(trainer, Net())
     assert one(report, "GradientClipping").verdict == "exact"
     assert one(report, "Averaging").verdict == "refused"
-    assert one(report, "Averaging").remedy == "offload the optimizer to the CPU"
+    assert one(report, "Averaging").remedy == "offload to the CPU"
     assert lightning_tricks.check(quiet(Averaging(), strategy="zero_3"), Net()).verdict == "exact"
 
 
