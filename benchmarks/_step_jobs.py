@@ -126,11 +126,11 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self):
-        from lightning_tricks.engines._zero_strategy import _gloo_only, _use_cpu
+        from lightning_tricks.engines._zero_machine import gloo_only, use_cpu
 
         self.set_world_ranks()
-        _use_cpu()
-        with _gloo_only():
+        use_cpu()
+        with gloo_only():
             self._init_deepspeed_distributed()
 
     def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):

@@ -1,14 +1,8 @@
 """DeepSpeed's ZeRO as a Lightning strategy, on GPU and on CPU, counting accumulation as one device does."""
 
-import argparse
 import atexit
-import contextlib
-import importlib
-import importlib.util
-import io
 import logging
 import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +31,6 @@ from lightning_tricks.engines._nvme import no_checkpoint, offload_target, refuse
 from lightning_tricks.engines._precision import BringsPrecision, Mixed
 from lightning_tricks.engines._ranks import broadcast_from_rank_zero
 from lightning_tricks.engines._saving import save_folder
-from lightning_tricks.engines._universal import convert_for_other_ranks, loads_universal, restore_the_rest
 from lightning_tricks.engines._zero_agreement import (
     agree_on_batch,
     agree_on_buckets,
@@ -48,9 +41,13 @@ from lightning_tricks.engines._zero_agreement import (
     agree_on_stage,
     agree_with_trainer,
 )
+from lightning_tricks.engines._zero_buckets import size_buckets
 from lightning_tricks.engines._zero_config import Config, merged, read_config
 from lightning_tricks.engines._zero_file import put_whole, refuse_resuming
+from lightning_tricks.engines._zero_loading import leaves_frozen_out, load_folder
+from lightning_tricks.engines._zero_machine import gloo_only, require_deepspeed, use_cpu
 from lightning_tricks.engines._zero_manual import ManualWindow
+from lightning_tricks.engines._zero_modules import initialize
 from lightning_tricks.engines._zero_optimizer import (
     configured_optimizer,
     refuse_changed,
@@ -58,22 +55,10 @@ from lightning_tricks.engines._zero_optimizer import (
     refuse_untrainable,
 )
 from lightning_tricks.engines._zero_saving import save_zero
-from lightning_tricks.errors import MisconfigurationError, MissingDependencyError
+from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["ZeroStrategy"]
 
-_HOOKS = (
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_state_dict_hooks",
-)
-_TRACES = "_lightning_tricks_zero"  # what DeepSpeed put on a module: kept with it, since the next Trainer needs it
-_LARGEST_BUCKET = 200_000_000  # elements; Lightning's own
-_SMALLEST_BUCKET = 2**20
-_BUCKET_UNIT = 256  # DeepSpeed wants a multiple of its alignment
 _ALL_AT_ONCE = 10**12  # elements that the optimizer steps at once; Lightning's own
 _SWAPPED_AT_ONCE = 10**9  # DeepSpeed's own
 
@@ -90,7 +75,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         stage: what is divided over the ranks: 1 optimizer state, 2 gradients as well, 3 parameters as well. `None`: as
             `config` says, else 2.
         bucket_size: elements (at least 1) reduced or gathered at once; `"auto"` is an eighth of the trained
-            parameters, but no less than 2**20 (or all of them) and no more than 2e8.
+            parameters, but no less than 2**22 (or all of them) and no more than 2e8.
         activation_checkpointing: `"blocks"` keeps the inputs of the module's repeated blocks only, and computes the
             rest again in the backward pass; class names, or a function that is true of a part, choose other parts.
         offload: `"cpu"` keeps the optimizer state and the fp32 masters in the host's memory, where the optimizer steps;
@@ -127,7 +112,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         agree_on_buckets(given, bucket_size)
         self.offload = offload_target(offload)
         kept = self._offload = agree_on_offload(given, stage, self.offload)
-        _require_deepspeed()
+        require_deepspeed()
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is first imported
         super().__init__(
@@ -239,8 +224,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         else:
             reset_seed()
             self.set_world_ranks()
-            _use_cpu()
-            with _gloo_only():
+            use_cpu()
+            with gloo_only():
                 self._init_deepspeed_distributed()
         refuse_nvme(self._offload.folders, self.global_rank, self.world_size)
         atexit.register(_destroy_dist_connection)  # threads that outlive the interpreter abort the process
@@ -283,7 +268,8 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
     ) -> tuple[Any, Any]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._trained = {name: id(own) for name, own in model.named_parameters() if own.requires_grad}
-        self._size_buckets(trained)
+        nvme = self._offload.parameters == "nvme"
+        size_buckets(self._config["zero_optimization"], self._given, trained, self.bucket_size, nvme)
         if self.activation_checkpointing is not None:
             checkpoint_blocks(self._required_module, self.activation_checkpointing)
         return self._initialize(
@@ -296,53 +282,10 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         self.model, _ = self._initialize(model, config, model_parameters=[])
 
     def _initialize(self, model: Module, config: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-        import deepspeed
-
-        self._forget_training(model)
-        before = _hook_ids(model)
-        engine, optimizer, _, _ = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self._device_rank()),
-            config=config,
-            model=model,
-            dist_init_required=False,
-            **options,
-        )
+        engine, optimizer = initialize(model, config, self._device_rank(), **options)
         broadcast_from_rank_zero(model.buffers(), self.root_device)  # DeepSpeed does parameters only
         normalise_in_fp32(model)
-        added = [(hooks, key) for hooks, key in _hooks(model) if (id(hooks), key) not in before]
-        vars(model)[_TRACES] = (weakref.ref(engine), added)
         return engine, optimizer
-
-    def _forget_training(self, model: Module) -> None:
-        """Take off what DeepSpeed put on the module, whichever Trainer fitted it, and nobody else's hooks.
-
-        DeepSpeed leaves its hooks behind, and a second fit would run into the first one's. Its engine is ended now and
-        not when it happens to be collected: that would take the next engine's masters off the parameters.
-        """
-        engine, added = vars(model).pop(_TRACES, (lambda: None, ()))
-        if (past := engine()) is not None:
-            past.destroy()
-            past.destroy = lambda: None
-        for hooks, key in added:
-            hooks.pop(key, None)
-        for parameter in model.parameters():
-            for name in ("_hp_mapping", "_z3_optimizer"):
-                if hasattr(parameter, name):
-                    delattr(parameter, name)
-
-    def _size_buckets(self, trained: list[torch.nn.Parameter]) -> None:
-        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
-        automatic = min(max(elements // 8, min(elements, _SMALLEST_BUCKET)), _LARGEST_BUCKET)
-        size = automatic if self.bucket_size == "auto" else self.bucket_size
-        size += -size % _BUCKET_UNIT
-        names = ("reduce_bucket_size", "allgather_bucket_size")
-        free = [name for name in names if self._given.at(f"zero_optimization.{name}") is None]
-        self._config["zero_optimization"].update(dict.fromkeys(free, size))
-        if self.zero_stage_3 and self._given.at("zero_optimization.prefetch_bucket_size") is None:  # another name of it
-            self._config["zero_optimization"].setdefault("stage3_prefetch_bucket_size", size)
-        if self._offload.parameters == "nvme" and not self._given.at("zero_optimization.offload_param.buffer_size"):
-            largest = max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
-            self._config["zero_optimization"]["offload_param"]["buffer_size"] = -(-largest // self.world_size)
 
     def _device_rank(self) -> int:
         return self.local_rank if self.root_device.index is None else self.root_device.index
@@ -367,7 +310,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         if storage_options is not None:
             raise MisconfigurationError("`storage_options` is for single files; ZeRO writes a folder: leave it out.")
         state = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-        options = {"without_frozen": self._frozen_left_out(), "first": self.is_global_zero}
+        options = {"without_frozen": leaves_frozen_out(self._required_module), "first": self.is_global_zero}
         save_folder(self, path, lambda partial: save_zero(self.deepspeed_engine, partial, state, **options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -383,36 +326,12 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
             refuse_resuming(self._required_module, path)
             with allow_hyper_parameters():
                 return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        other_ranks = self._was_saved_by_others(path)
-        if other_ranks:
-            convert_for_other_ranks(self, path)
-        optimizer = self.deepspeed_engine.optimizer
-        if self.zero_stage_3 and not hasattr(optimizer, "_restore_from_bit16_weights"):
-            optimizer._restore_from_bit16_weights = lambda: None  # ZeRO-3 without training: there are no masters
-        universal = loads_universal(self.deepspeed_engine) if other_ranks else contextlib.nullcontext()
-        with universal, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            state = super().load_checkpoint(path, weights_only)
-        if other_ranks:
-            restore_the_rest(self._required_module, path)
-        if hasattr(optimizer, "clip_grad"):
-            optimizer.clip_grad = self.deepspeed_engine.gradient_clipping()
-        return state
+        return load_folder(self, path, lambda: super(ZeroStrategy, self).load_checkpoint(path, weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Put a single file's weights into the module. Those of a folder are there already."""
         if self._file is not None:
             put_whole(self._required_module, checkpoint["state_dict"], self._file, strict)
-
-    def _frozen_left_out(self) -> bool:
-        """Whether the module's state dict leaves out all of its frozen parameters, as an adapter's does."""
-        module = self._required_module
-        frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-        return bool(frozen) and frozen.isdisjoint(module.state_dict())
-
-    def _was_saved_by_others(self, path: Path) -> bool:
-        """Whether this run resumes from a checkpoint of another number of ranks."""
-        saved = len(list(path.glob("checkpoint/*zero_pp_rank_*_optim_states.pt")))
-        return self._required_module.trainer.state.fn == "fit" and saved not in (0, self.world_size)
 
 
 def _refuse_options(stage: Any, bucket_size: Any) -> None:
@@ -421,43 +340,3 @@ def _refuse_options(stage: Any, bucket_size: Any) -> None:
     whole = isinstance(bucket_size, int) and not isinstance(bucket_size, bool)
     if bucket_size != "auto" and not (whole and bucket_size >= 1):
         raise MisconfigurationError(f"`bucket_size` must be 'auto' or at least 1 element, got {bucket_size!r}.")
-
-
-def _require_deepspeed() -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise MissingDependencyError(
-            "ZeRO needs DeepSpeed, which is not installed: pip install 'lightning-tricks[deepspeed]'"
-        )
-
-
-def _use_cpu() -> None:
-    """Make DeepSpeed compute on the CPU where the machine has a GPU too."""
-    from deepspeed.accelerator import get_accelerator, set_accelerator
-
-    if get_accelerator().device_name() != "cpu":
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-        set_accelerator(CPU_Accelerator())
-
-
-@contextmanager
-def _gloo_only() -> Iterator[None]:
-    """Without DeepSpeed's shared-memory collectives, whose first use compiles C++ and fails without a compiler."""
-    backend: Any = importlib.import_module("deepspeed.comm.torch")
-    build = backend.build_shm_op
-    backend.build_shm_op = lambda: None
-    try:
-        yield
-    finally:
-        backend.build_shm_op = build
-
-
-def _hooks(model: Module) -> Iterator[tuple[dict[int, Any], int]]:
-    for module in model.modules():
-        for name in _HOOKS:
-            hooks = getattr(module, name)
-            yield from ((hooks, key) for key in list(hooks))
-
-
-def _hook_ids(model: Module) -> set[tuple[int, int]]:
-    return {(id(hooks), key) for hooks, key in _hooks(model)}
