@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO 1-3: fp32 masters in flat pieces, and a norm that is read before the step that uses it.
 
-DeepSpeed's private attributes are touched here and in the files `_zero_*.py` only; those of its optimizers are listed in
-`_zero_step.PRIVATE` and `_zero_manual.PRIVATE`, which a test compares with the DeepSpeed installed.
+DeepSpeed's private attributes are touched here and in the files `_zero_*.py` only; those of its optimizers are listed
+in `_zero_step.PRIVATE` and `_zero_manual.PRIVATE`, which a test compares with the DeepSpeed installed.
 """
 
 import math
