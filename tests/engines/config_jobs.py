@@ -122,12 +122,6 @@ class Scheduled(Net):
 CONFLICTS = [
     ({"gradient_accumulation_steps": 4}, {}, r"`gradient_accumulation_steps` to 4, .*accumulate_grad_batches\)` is 1"),
     (
-        {"gradient_clipping": 1.0},
-        {"gradient_clip_val": 0.5},
-        r"`gradient_clipping` to 1\.0, .*gradient_clip_val\)` is 0\.5",
-    ),
-    ({"gradient_clipping": 0}, {"gradient_clip_val": 0.5}, r"`gradient_clipping` to 0, "),
-    (
         {"train_micro_batch_size_per_gpu": 16},
         {},
         r"gpu` to 16, but the `batch_size` of the training .* is 4",
@@ -168,6 +162,10 @@ class Unbatched(Net):
 
 def clipping(folder: str) -> None:
     """The configuration's clipping is in force, and GradientClipping beside it is refused."""
+    for limit in (1.0, 0):  # 0 would switch the Trainer's off
+        message = rf"gradient_clip_val=0\.5\)` and the DeepSpeed .*`gradient_clipping: {limit}`\) both clip"
+        with pytest.raises(MisconfigurationError, match=message):
+            train(folder, Stepless(batches=1), {"gradient_clipping": limit}, gradient_clip_val=0.5)
     clip = GradientClipping(FixedNorm(0.5))
     with pytest.raises(MisconfigurationError, match=r"GradientClipping and .*`gradient_clipping: 1.0`.* both clip"):
         train(folder, Stepless(batches=1), {"gradient_clipping": 1.0}, callbacks=[clip])

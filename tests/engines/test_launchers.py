@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from lightning_tricks.strategies import PRESETS
-from tests.conformance.engines import ROOT, free_port
+from tests.conformance.engines import ELSEWHERE, ROOT, free_port
 from tests.engines.checks import Net, Probe, Run, fit, float_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(400)]
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-FLAGS = ["ddp", *(flag for flag in PRESETS if HAS_DEEPSPEED or not flag.startswith("zero"))]
+RUNNABLE = [flag for flag in PRESETS if flag not in ELSEWHERE]
+FLAGS = ["ddp", *(flag for flag in RUNNABLE if HAS_DEEPSPEED or not flag.startswith("zero"))]
 SOME = [flag for flag in ("ddp", "fsdp2", "hsdp", "zero_2") if flag in FLAGS]
 SCRIPT = "tests.engines.launched"
 LIMIT = 180.0  # seconds: two processes that import everything at once, on a busy machine
