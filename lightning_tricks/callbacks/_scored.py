@@ -1,5 +1,7 @@
 """What the callbacks share that act on a metric after each validation, and keep weights on a shelf."""
 
+from abc import ABC, abstractmethod
+
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_tricks.callbacks._base import TrickCallback, is_dry_run
@@ -9,7 +11,7 @@ from lightning_tricks.callbacks._shelf import Shelf
 __all__ = ["ScoredCallback"]
 
 
-class ScoredCallback(TrickCallback):
+class ScoredCallback(TrickCallback, ABC):
     """Reads `_monitor` after each validation of a fit. Subclasses say what follows, in `_scored`."""
 
     _monitor: Monitor
@@ -27,6 +29,6 @@ class ScoredCallback(TrickCallback):
             self._shelf.settle(self.engine)
             self._scored(trainer, score)
 
+    @abstractmethod
     def _scored(self, trainer: Trainer, score: float) -> None:
         """Act on the metric's value. Called on all ranks, unless nothing is to be written."""
-        raise NotImplementedError
