@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -233,24 +233,34 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, or a single file: of one device, DDP or an ensemble."""
         path = Path(self.broadcast(checkpoint_path))
-        with allow_hyper_parameters():
-            return (
-                self._load_file(path, weights_only) if path.is_file() else super().load_checkpoint(path, weights_only)
-            )
+        kept = self.optimizers
+        if self._required_module.trainer.state.fn != TrainerFn.FITTING:
+            self.optimizers = []  # a past fit's: an evaluation reads weights alone
+        try:
+            with allow_hyper_parameters():
+                load = self._load_file if path.is_file() else super().load_checkpoint
+                return load(path, weights_only)
+        finally:
+            self.optimizers = kept
+
+    @property
+    def _required_module(self) -> LightningModule:
+        module: LightningModule = self.lightning_module  # type: ignore[assignment]
+        return module
 
     def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
-        module = self.lightning_module
-        strict = module.strict_loading  # type: ignore[union-attr]
+        module = self._required_module
+        strict = module.strict_loading
         self._refuse_file(path, strict, weights_only)
         # Lightning is strict about every parameter, also those that the module's state dict leaves out.
-        module.strict_loading = False  # type: ignore[union-attr]
+        module.strict_loading = False
         try:
             return super().load_checkpoint(path, weights_only)
         finally:
-            module.strict_loading = strict  # type: ignore[union-attr]
+            module.strict_loading = strict
 
     def _refuse_file(self, path: Path, strict: bool, weights_only: bool | None) -> None:
-        module: Any = self.lightning_module
+        module = self._required_module
         if module.trainer.state.fn == TrainerFn.FITTING and not all(p.requires_grad for p in module.parameters()):
             raise CheckpointError(
                 f"{path} is a single file, whose optimizer state counts trained parameters only: FSDP2 cannot resume"
