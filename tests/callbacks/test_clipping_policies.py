@@ -1,6 +1,8 @@
 """Policies that learn from past norms, in real fits: spikes, warm-up, norms that are not finite, resumed fits."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +243,15 @@ def test_nothing_waits_for_the_device(trainer, policy):
     run = trainer([Watched(policy())], max_epochs=1)
     run.fit(Given(SCALES))
     assert "grad_norm/limit" in run.callback_metrics
+
+
+def test_the_cards_policy_of_ones_own(trainer, tmp_path):
+    card = (Path(__file__).parents[2] / "docs/cards/gradient_clipping.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL) if "class " in block]
+    names = {}
+    exec(code, names)
+    _, rows = fit(trainer, SCALES, names["clipping"].policy)
+    assert column(rows, "left") == pytest.approx([0.1 * 1.01**step for step in range(1, 13)])
 
 
 # -- options ---------------------------------------------------------------------------------------------------------
