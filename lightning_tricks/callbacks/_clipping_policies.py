@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import NormMoments, percentile, remember_norm, zscore_limit
 
-__all__ = ["ClippingPolicy", "FixedNorm", "Percentile", "ZScore"]
+__all__ = ["ClippingPolicy", "FixedNorm", "Percentile", "Value", "ZScore"]
 
 
 _LEAVE_OUT = "Leave GradientClipping out to train without clipping."
@@ -178,6 +178,33 @@ class ZScore:
     def __repr__(self) -> str:
         options = f"decay={self._decay}, warmup={self._warmup}, warmup_limit={self._warmup_limit}"
         return f"ZScore(threshold={self._threshold}, {options})"
+
+
+class Value:
+    """Clips each element of the gradients, and not their norm: the direction of the step changes.
+
+    Elements that are infinite are brought to the limit as well; NaN stays NaN. ZeRO cannot do it and refuses it.
+
+    Args:
+        limit: the largest absolute value allowed, above 0; 0.1 to 1 is usual.
+
+    Raises:
+        MisconfigurationError: if the limit is not a finite number above 0.
+
+    Example:
+        >>> from lightning_tricks.callbacks import GradientClipping, Value
+        >>> GradientClipping(Value(0.5)).policy
+        Value(limit=0.5)
+
+    References:
+        Graves: Generating Sequences With Recurrent Neural Networks (2013), arXiv:1308.0850.
+    """
+
+    def __init__(self, limit: float = 0.5) -> None:
+        self.largest = _positive(limit, "the limit of gradient clipping", _LEAVE_OUT)
+
+    def __repr__(self) -> str:
+        return f"Value(limit={self.largest})"
 
 
 def _positive(value: Any, name: str, remedy: str) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.callbacks._base import TrickCallback
-from lightning_tricks.callbacks._clipping_policies import ClippingPolicy, FixedNorm
+from lightning_tricks.callbacks._clipping_policies import ClippingPolicy, FixedNorm, Value
 from lightning_tricks.engines import Trick
 from lightning_tricks.functional import clip_coefficient
 
@@ -26,7 +26,7 @@ class GradientClipping(TrickCallback):
 
     Args:
         policy: what sets the limit: a number, which is the largest norm allowed (above 0; 1.0 suits most models), or
-            a policy such as `FixedNorm`, `Percentile` or `ZScore`.
+            a policy: `FixedNorm`, `Percentile`, `ZScore`, or `Value`, which clips each element.
 
     Raises:
         MisconfigurationError: if the limit is not a finite number above 0, or the Trainer, the engine or another
@@ -45,9 +45,11 @@ class GradientClipping(TrickCallback):
 
     trick: ClassVar[Trick] = Trick(jobs=("clip gradients",), needs=("gradient_norm", "clip_gradient_norm"))
 
-    def __init__(self, policy: float | ClippingPolicy = 1.0) -> None:
+    def __init__(self, policy: float | ClippingPolicy | Value = 1.0) -> None:
         super().__init__()
-        self.policy = policy if isinstance(policy, ClippingPolicy) else FixedNorm(policy)
+        self.policy = policy if isinstance(policy, ClippingPolicy | Value) else FixedNorm(policy)
+        if isinstance(self.policy, Value):  # this instance needs something else, and is checked by that
+            vars(self)["trick"] = Trick(jobs=self.trick.jobs, needs=("gradient_norm", "clip_gradient_value"))
         self._fresh = copy.deepcopy(self.policy)
         self._policies = {0: self.policy}  # by the optimizer's index
 
@@ -57,9 +59,20 @@ class GradientClipping(TrickCallback):
             return
         index = trainer.optimizers.index(optimizer)
         norm = self.engine.gradient_norm(optimizer)
-        limit = self._policy(index).limit(norm)
+        values = {"total": norm, **self._clip(optimizer, norm, self._policy(index))}
+        suffix = f"/optimizer_{index}" if len(trainer.optimizers) > 1 else ""
+        for name, value in values.items():
+            pl_module.log(f"grad_norm/{name}{suffix}", value, on_step=True, on_epoch=False)
+
+    def _clip(self, optimizer: Optimizer, norm: Tensor, policy: ClippingPolicy | Value) -> dict[str, Tensor]:
+        """Clip by the norm or by value; what is logged besides the norm."""
+        if isinstance(policy, Value):
+            return {"clipped": self.engine.clip_gradient_value(optimizer, policy.largest)}
+        limit = policy.limit(norm)
         self.engine.clip_gradient_norm(optimizer, limit)
-        _log(pl_module, norm, limit, f"/optimizer_{index}" if len(trainer.optimizers) > 1 else "")
+        clipped = (clip_coefficient(norm, limit) < 1).to(norm.dtype)
+        on_device = limit if isinstance(limit, Tensor) else torch.full_like(norm, limit)  # a fill waits for nothing
+        return {"limit": on_device, "clipped": clipped}
 
     def _identity(self) -> dict[str, Any]:
         return {"policy": type(self.policy).__name__}
@@ -67,7 +80,7 @@ class GradientClipping(TrickCallback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.engine.claim_gradient_clipping("GradientClipping")
 
-    def _policy(self, index: int) -> ClippingPolicy:
+    def _policy(self, index: int) -> ClippingPolicy | Value:
         if index not in self._policies:
             self._policies[index] = copy.deepcopy(self._fresh)
         return self._policies[index]
@@ -81,10 +94,3 @@ class GradientClipping(TrickCallback):
             load_state_dict = getattr(self._policy(index), "load_state_dict", None)
             if load_state_dict is not None:
                 load_state_dict(saved)
-
-
-def _log(pl_module: LightningModule, norm: Tensor, limit: float | Tensor, suffix: str) -> None:
-    clipped = (clip_coefficient(norm, limit) < 1).to(norm.dtype)
-    on_device = limit if isinstance(limit, Tensor) else torch.full_like(norm, limit)  # a fill waits for nothing
-    for name, value in (("total", norm), ("limit", on_device), ("clipped", clipped)):
-        pl_module.log(f"grad_norm/{name}{suffix}", value, on_step=True, on_epoch=False)

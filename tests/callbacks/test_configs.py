@@ -11,6 +11,7 @@ from lightning_tricks.callbacks import (
     GradientClipping,
     Percentile,
     TopK,
+    Value,
     ZScore,
 )
 
@@ -41,6 +42,7 @@ def test_gradient_clipping(policy):
     ("name", "options", "wanted"),
     [
         ("Percentile", {"q": 90.0, "window": 500}, Percentile(90.0, window=500)),
+        ("Value", {"limit": 0.25}, Value(0.25)),
         ("ZScore", {"threshold": 3.0, "warmup_limit": 1.0}, ZScore(3.0, warmup_limit=1.0)),
     ],
 )

@@ -32,7 +32,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, GradientClipping, Percentile, TopK, ZScore
+from lightning_tricks.callbacks import (
+    CheckpointEnsemble,
+    EarlyStopping,
+    GradientClipping,
+    Percentile,
+    TopK,
+    Value,
+    ZScore,
+)
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance.compare import differences
@@ -163,6 +171,16 @@ class Spiky(Descent):
 
 
 SPIKES = (4, 9)
+ZERO = ("zero_1", "zero_2", "zero_2_offload", "zero_3", "zero_3_offload")
+
+
+def clipping_by_value() -> Run:
+    return Run(Descent(), (GradientClipping(Value(0.1)),), trainer={"accumulate_grad_batches": 2})
+
+
+def check_value(outcome: Outcome) -> None:
+    clipped = outcome["logged"]["grad_norm/clipped"]["values"]
+    assert 0 < clipped.sum() < len(clipped) == outcome["steps"] == 12, "clips every step, or none: choose another value"
 
 
 def clipping_by_percentile() -> Run:
@@ -294,6 +312,15 @@ CASES = (
     Case("GradientClipping", gradient_clipping, check_gradient_clipping),
     Case("GradientClipping", clipping_by_percentile, check_spikes, variant="Percentile"),
     Case("GradientClipping", clipping_by_z_score, check_spikes, variant="ZScore"),
+    Case(
+        "GradientClipping",
+        clipping_by_value,
+        check_value,
+        variant="Value",
+        refused={
+            (engine, precision): "DeepSpeed's step clips by the norm only" for engine in ZERO for precision in EXACT
+        },
+    ),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
