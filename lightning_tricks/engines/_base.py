@@ -91,6 +91,11 @@ class BaseEngine(LiveEngine, ABC):
         """Scale this step's gradients by `min(1, limit / norm)`."""
         self._clip(optimizer, self.gradient_norm(optimizer), limit)
 
+    def clip_gradient_value(self, optimizer: Optimizer, limit: float) -> Tensor:
+        """Clamp this step's gradients."""
+        self.gradient_norm(optimizer)  # whoever asks later in this step gets the norm of the gradients as they were
+        return self._clip_values(optimizer, limit)
+
     def veto_step(self, optimizer: Optimizer) -> None:
         """Drop this step, once, on all ranks."""
         self.gradient_norm(optimizer)  # whoever asks later in this step gets the norm of the gradients as they were
@@ -116,6 +121,9 @@ class BaseEngine(LiveEngine, ABC):
 
     @abstractmethod
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None: ...
+
+    @abstractmethod
+    def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor: ...
 
     @abstractmethod
     def _veto(self, optimizer: Optimizer) -> None: ...

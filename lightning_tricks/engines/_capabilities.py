@@ -10,7 +10,7 @@ __all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capa
 _TORCH = ("one_device", "ddp", "fsdp2")
 _ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*_TORCH, *_ZERO)
-_NORMS = ("clip_gradient_norm", "gradient_norm", "gradient_norms", "veto_step")
+_NORMS = ("clip_gradient_norm", "clip_gradient_value", "gradient_norm", "gradient_norms", "veto_step")
 _SHARDS = ("load_shards", "named_shards", "put_shards", "save_shards")
 
 
@@ -70,6 +70,14 @@ REFUSALS = {
         "{engine} with precision '16-mixed'",
         "a fused {optimizer} unscales its gradients inside its step",
         "pass `fused=False` to the optimizer, or use `precision='bf16-mixed'`",
+    ),
+    "value": Refusal(
+        _ZERO,
+        ("clip_gradient_value",),
+        "Clipping by value",
+        "{engine}",
+        "DeepSpeed's step clips by the norm only",
+        "clip by the norm, or use `strategy='fsdp2'`",
     ),
     "no_norm": Refusal(
         ("zero_1", "zero_2"),
@@ -143,6 +151,13 @@ _METHODS = {
         "scales gradients in place",
         "scales shards in place",
         "sets the limit of this one step; waits for the norm, as the step would",
+    ),
+    "clip_gradient_value": (
+        "before a step",
+        "yes",
+        "clamps gradients in place",
+        "clamps shards in place, and asks all ranks whether it did",
+        "refused",
     ),
     "veto_step": (
         "before a step",

@@ -53,6 +53,9 @@ class DeepSpeedEngine(BaseEngine):
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         self._step_gradients().clip(float(limit) if bool(norm.isfinite()) else 0.0)
 
+    def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor:
+        raise refusal("value", engine=self.name)
+
     def _veto(self, optimizer: Optimizer) -> None:
         self._step_gradients().veto()
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_tricks.functional import clip_coefficient
 
-__all__ = ["global_norm", "gradients_of", "group_norms", "scale_to_norm"]
+__all__ = ["clamp_values", "global_norm", "gradients_of", "group_norms", "scale_to_norm"]
 
 
 def gradients_of(optimizer: Optimizer) -> list[Tensor]:
@@ -58,6 +58,39 @@ def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, limit: float | Tens
     for part in parts:
         if part.is_sparse:
             part.mul_(factor)
+
+
+def clamp_values(gradients: Sequence[Tensor], limit: float, device: torch.device) -> Tensor:
+    """Clamp gradients in place; 1 if an element on any rank was outside, else 0. Collective if some are sharded.
+
+    Example:
+        >>> gradients = [torch.tensor([0.5, -3.0]), torch.empty(0)]
+        >>> clamp_values(gradients, 1.0, torch.device("cpu")), gradients[0]
+        (tensor(1.), tensor([ 0.5000, -1.0000]))
+    """
+    outside = torch.zeros((), device=device)
+    for alike in _by_placement(gradients):
+        outside = outside + _sum_over_shards(_exceeds(alike, limit).to(device), alike[0])
+    parts = [_local(gradient) for gradient in gradients]
+    if dense := [part for part in parts if not part.is_sparse]:
+        torch._foreach_clamp_min_(dense, -limit)
+        torch._foreach_clamp_max_(dense, limit)
+    for part in parts:
+        if part.is_sparse:
+            whole = part.coalesce()  # an index may occur twice: what counts is the sum
+            values = whole.values().clamp(-limit, limit)
+            part.copy_(torch.sparse_coo_tensor(whole.indices(), values, whole.shape, check_invariants=False))
+    return (outside > 0).float()
+
+
+def _exceeds(gradients: Sequence[Tensor], limit: float) -> Tensor:
+    parts = [_local(gradient) for gradient in gradients]
+    dense = [part.coalesce().values() if part.is_sparse else part for part in parts]
+    held = [part for part in dense if part.numel()]  # an empty shard has no largest element
+    if not held:
+        return torch.zeros((), device=parts[0].device)
+    largest = torch.stack(torch._foreach_norm(held, torch.inf, dtype=torch.float32))
+    return (largest > limit).any().float()
 
 
 def _by_placement(gradients: Iterable[Any]) -> list[list[Tensor]]:

@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine
 from lightning_tricks.engines._capabilities import refusal
-from lightning_tricks.engines._gradients import global_norm, gradients_of, group_norms, scale_to_norm
+from lightning_tricks.engines._gradients import clamp_values, global_norm, gradients_of, group_norms, scale_to_norm
 from lightning_tricks.engines._steps import watch_steps
 
 __all__ = ["PlainEngine"]
@@ -32,6 +32,9 @@ class PlainEngine(BaseEngine):
 
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         scale_to_norm(gradients_of(optimizer), norm, limit)
+
+    def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor:
+        return clamp_values(gradients_of(optimizer), limit, self._device)
 
     def _veto(self, optimizer: Optimizer) -> None:
         """Without a gradient, an optimizer leaves a parameter, its moments and its step count alone."""

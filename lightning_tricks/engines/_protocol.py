@@ -78,6 +78,19 @@ class Engine(Protocol):
         Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. Collective.
         """
 
+    def clip_gradient_value(self, optimizer: Optimizer, limit: float) -> Tensor:
+        """Bring each element of this step's gradients into `[-limit, limit]`; an infinite one too, but not NaN.
+
+        Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. Collective. Costs two
+        passes over this rank's gradients and, on sharded engines, one reduction of a number; waits for nothing.
+
+        Returns:
+            Whether an element was outside, on any rank: 1 or 0, fp32, zero-dimensional, the same on every rank.
+
+        Raises:
+            UnsupportedError: on ZeRO, whose step takes a limit for the norm alone.
+        """
+
     def veto_step(self, optimizer: Optimizer) -> None:
         """Drop this optimizer step: weights, moments and step counts stay as if it had not been, bit for bit.
 

@@ -186,6 +186,7 @@ CIRCUMSTANCES: Mapping[str, tuple[Known, Callable[[Situation, InUse], Answer]]] 
     "closure": ("built", _lbfgs),
     "fused_scaler": ("built", _fused),
     "nvme": ("setup", _on_nvme),
+    "value": ("setup", lambda situation, _: {"engine": situation.engine}),
 }
 
 _GENERIC = {"trick": "…", "other": "…", "engine": "…", "dtype": "bf16 or fp16", "mixed": "…-mixed"}

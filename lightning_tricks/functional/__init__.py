@@ -4,10 +4,12 @@ from lightning_tricks.functional.class_weights import balanced_weights, weighted
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient
 from lightning_tricks.functional.lora import low_rank_update
+from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
 from lightning_tricks.functional.patterns import is_glob, path_matches
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
 
 __all__ = [
+    "NormMoments",
     "balanced_weights",
     "clip_coefficient",
     "fingerprint",
@@ -16,7 +18,10 @@ __all__ = [
     "is_improvement",
     "low_rank_update",
     "path_matches",
+    "percentile",
     "rank_scores",
+    "remember_norm",
     "same_fingerprint",
     "weighted_cross_entropy_sums",
+    "zscore_limit",
 ]

@@ -4,7 +4,16 @@ import pytest
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
-from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, FixedNorm, GradientClipping, TopK
+from lightning_tricks.callbacks import (
+    CheckpointEnsemble,
+    EarlyStopping,
+    FixedNorm,
+    GradientClipping,
+    Percentile,
+    TopK,
+    Value,
+    ZScore,
+)
 
 
 def parsed(name, **init_args):
@@ -27,6 +36,19 @@ def test_gradient_clipping(policy):
     callback = parsed("GradientClipping", policy=policy)
     assert isinstance(callback, GradientClipping)
     assert repr(callback.policy) == repr(FixedNorm(2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("Percentile", {"q": 90.0, "window": 500}, Percentile(90.0, window=500)),
+        ("Value", {"limit": 0.25}, Value(0.25)),
+        ("ZScore", {"threshold": 3.0, "warmup_limit": 1.0}, ZScore(3.0, warmup_limit=1.0)),
+    ],
+)
+def test_policies_that_learn(name, options, wanted):
+    policy = {"class_path": f"lightning_tricks.callbacks.{name}", "init_args": options}
+    assert repr(parsed("GradientClipping", policy=policy).policy) == repr(wanted)
 
 
 def test_checkpoint_ensemble():

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_tricks.callbacks import ClippingPolicy, FixedNorm, GradientClipping
+from lightning_tricks.callbacks import ClippingPolicy, FixedNorm, GradientClipping, Value
 from lightning_tricks.errors import MisconfigurationError
 
 pytestmark = [
@@ -178,6 +178,8 @@ def test_limits_that_make_no_sense(limit):
         GradientClipping(limit)
     with pytest.raises(MisconfigurationError, match=f"above 0, got {limit!r}"):
         FixedNorm(limit)
+    with pytest.raises(MisconfigurationError, match=f"above 0, got {limit!r}"):
+        Value(limit)
 
 
 def test_a_trainer_that_clips_as_well_is_refused(trainer, sgd):
@@ -187,3 +189,46 @@ def test_a_trainer_that_clips_as_well_is_refused(trainer, sgd):
 
 def test_a_number_is_a_fixed_norm():
     assert repr(GradientClipping(2).policy) == repr(FixedNorm(2.0)) == "FixedNorm(limit=2.0)"
+
+
+# -- by value --------------------------------------------------------------------------------------------------------
+
+
+def test_by_value_equals_torch(trainer, sgd, tmp_path):
+    ours, theirs = sgd(), sgd()
+    trainer([GradientClipping(Value(0.3))], max_epochs=3, limit_val_batches=0).fit(ours)
+    options = {"gradient_clip_val": 0.3, "gradient_clip_algorithm": "value"}
+    trainer([], max_epochs=3, limit_val_batches=0, **options).fit(theirs)
+    for one, other in zip(ours.seen, theirs.seen, strict=True):
+        assert torch.equal(one, other)
+    assert max(gradient.abs().max() for gradient in ours.seen) == 0.3
+
+
+def test_by_value_logs_the_norm_before_and_whether_it_clipped(trainer, sgd, tmp_path):
+    raw = steps(trainer, sgd(), None)
+    rows = logged(trainer, sgd(), Value(raw[0].abs().max().item() * 0.99), tmp_path / "some")
+    assert float(rows[0]["grad_norm/total"]) == pytest.approx(raw[0].norm().item())
+    assert rows[0]["grad_norm/clipped"] == "1.0"
+    assert logged(trainer, sgd(), Value(100.0), tmp_path / "none")[0]["grad_norm/clipped"] == "0.0"
+
+
+def test_by_value_brings_an_infinite_element_to_the_limit(trainer, sgd):
+    class Huge(sgd):
+        def on_after_backward(self):
+            self.layer.bias.grad.fill_(-math.inf)
+
+    seen = steps(trainer, Huge(), Value(0.1))
+    assert seen[0][2] == pytest.approx(-0.1)
+
+
+def test_by_value_clips_sparse_gradients(trainer, sgd):
+    class Sparse(sgd):
+        def on_after_backward(self):
+            self.layer.weight.grad = self.layer.weight.grad.to_sparse()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    module, before = Sparse(), sgd().layer.weight.detach().clone()
+    trainer([GradientClipping(Value(1e-3))], max_steps=1, limit_val_batches=0).fit(module)
+    torch.testing.assert_close((module.layer.weight - before).abs(), torch.full((1, 2), 1e-3), rtol=1e-3, atol=0)

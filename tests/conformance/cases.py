@@ -32,7 +32,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, GradientClipping, TopK
+from lightning_tricks.callbacks import (
+    CheckpointEnsemble,
+    EarlyStopping,
+    GradientClipping,
+    Percentile,
+    TopK,
+    Value,
+    ZScore,
+)
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance.compare import differences
@@ -155,6 +163,50 @@ def check_gradient_clipping(outcome: Outcome) -> None:
     assert 0 < clipped["values"].sum() < 12, "clips every step, or none: choose another limit"
 
 
+class Spiky(Descent):
+    """The gradients of two steps, one before the checkpoint and one after it, are thirty times the usual ones."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(logits, labels) * (30 if self.training and self.trainer.global_step in SPIKES else 1)
+
+
+SPIKES = (4, 9)
+ZERO = ("zero_1", "zero_2", "zero_2_offload", "zero_3", "zero_3_offload")
+
+
+def clipping_by_value() -> Run:
+    return Run(Descent(), (GradientClipping(Value(0.1)),), trainer={"accumulate_grad_batches": 2})
+
+
+def check_value(outcome: Outcome) -> None:
+    clipped = outcome["logged"]["grad_norm/clipped"]["values"]
+    assert 0 < clipped.sum() < len(clipped) == outcome["steps"] == 12, "clips every step, or none: choose another value"
+
+
+def clipping_by_percentile() -> Run:
+    policy = Percentile(60, window=5, warmup=3, warmup_limit=LIMIT)
+    return Run(Spiky(), (GradientClipping(policy),), trainer={"accumulate_grad_batches": 2})
+
+
+def clipping_by_z_score() -> Run:
+    policy = ZScore(2.0, decay=0.9, warmup=3, warmup_limit=LIMIT)
+    return Run(Spiky(), (GradientClipping(policy),), trainer={"accumulate_grad_batches": 2})
+
+
+def check_spikes(outcome: Outcome) -> None:
+    norms, limits, clipped = (
+        outcome["logged"][f"grad_norm/{name}"]["values"] for name in ("total", "limit", "clipped")
+    )
+    assert len(norms) == outcome["steps"] == 12, "not once per optimizer step"
+    assert (limits[:3] - LIMIT).abs().max() < 1e-6, "no warm-up"
+    assert len(limits[3:].unique()) > 6, "the limits do not follow the norms"
+    spikes = list(SPIKES)
+    usual = [step for step in range(12) if step not in spikes]
+    assert norms[spikes].min() > 5 * norms[usual].max(), "no spikes: change their factor"
+    assert clipped[spikes].all()
+    assert limits.max() < 2 * norms[usual].max()
+
+
 # -- CheckpointEnsemble ------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +310,17 @@ CASES = (
     Case("Plain", plain_accumulating, check_learned, variant="accumulating"),
     Case("EarlyStopping", early_stopping, check_early_stopping, observe_early_stopping),
     Case("GradientClipping", gradient_clipping, check_gradient_clipping),
+    Case("GradientClipping", clipping_by_percentile, check_spikes, variant="Percentile"),
+    Case("GradientClipping", clipping_by_z_score, check_spikes, variant="ZScore"),
+    Case(
+        "GradientClipping",
+        clipping_by_value,
+        check_value,
+        variant="Value",
+        refused={
+            (engine, precision): "DeepSpeed's step clips by the norm only" for engine in ZERO for precision in EXACT
+        },
+    ),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
