@@ -129,6 +129,14 @@ REFUSALS = {
         "`{name}` is trained outside of every FSDP unit, so that each rank trains one of its own",
         "let the strategy wrap the whole module, or freeze that parameter",
     ),
+    "copies_of_one": Refusal(
+        ("fsdp1",),
+        _ALL,
+        "A trick",
+        "fsdp1 with one rank for each copy of the model",
+        "torch then averages no gradient between the copies, which part ways",
+        "use `sharding_strategy='NO_SHARD'`, or `strategy='ddp'`",
+    ),
     "strided": Refusal(
         ("fsdp1",),
         _ALL,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._ranks import ranks
 
 __all__ = [
     "PRIVATE",
@@ -84,12 +85,22 @@ def places(root: nn.Module) -> dict[int, Place]:
         originals, shapes, infos = (private(flat, name) for name in ("_params", "_shapes", "_shard_param_infos"))
         if originals is None:
             raise refusal("flat_parameters")
-        group = private(handle, "process_group") if private(handle, "uses_sharded_strategy") else None
+        group = _sharing(handle)
         for parameter, shape, info, dense in zip(originals, shapes, infos, private(flat, "_contiguities"), strict=True):
             if not dense and group is not None:
                 raise refusal("strided", shape=list(shape))
             found[id(parameter)] = Place(tuple(shape), private(info, "intra_param_start_idx") or 0, group)
     return found
+
+
+def _sharing(handle: Any) -> Any:
+    """The ranks that a flat parameter is cut over; None if it is not cut."""
+    group = private(handle, "process_group")
+    if private(handle, "uses_sharded_strategy"):
+        return group
+    if group.size() < ranks()[1]:
+        raise refusal("copies_of_one")
+    return None
 
 
 def reshard(root: nn.Module) -> None:

@@ -171,6 +171,10 @@ def refusals(folder: str) -> None:
     trainer = run.trainer(checks.Probe(limit=1.0), max_epochs=1)
     with pytest.raises(UnsupportedError, match=r"`head.weight` is trained outside of every FSDP unit"):
         trainer.fit(outside)
+    run = FSDP1Run(Path(folder), sharding_strategy="HYBRID_SHARD", device_mesh=(2, 1))
+    trainer = run.trainer(checks.Probe(limit=1.0), max_epochs=1)
+    with pytest.raises(UnsupportedError, match="torch then averages no gradient between the copies"):
+        trainer.fit(checks.Net(batches=1))
     module = checks.Net(batches=1)
     trainer = prepared(folder, module)
     with pytest.raises(
