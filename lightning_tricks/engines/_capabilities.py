@@ -7,11 +7,13 @@ from lightning_tricks.errors import MisconfigurationError, UnsupportedError
 
 __all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capability_tables", "refusal"]
 
-_TORCH = ("one_device", "ddp", "fsdp2")
+_TORCH = ("one_device", "ddp", "fsdp2", "fsdp1")
 _ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*_TORCH, *_ZERO)
 _NORMS = ("clip_gradient_norm", "clip_gradient_value", "gradient_norm", "gradient_norms", "veto_step")
 _SHARDS = ("load_shards", "named_shards", "put_shards", "save_shards")
+_WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
+_ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ REFUSALS = {
     ),
     "state": Refusal(
         ENGINES,
-        ("load_weights", "named_full_weights", "save_weights"),
+        _WEIGHTS,
         "Saving weights",
         "{engine}",
         "the module's state dict holds `{name}`, which is neither a parameter nor a buffer",
@@ -118,6 +120,46 @@ REFUSALS = {
         "zero_3 that swaps to NVMe",
         "the masters are swapped out",
         "offload to the CPU",
+    ),
+    "flat_parameters": Refusal(
+        ("fsdp1",),
+        _ALL,
+        "A trick",
+        "fsdp1 with `use_orig_params=False`",
+        "one flat parameter hides which parameter a gradient belongs to",
+        "leave `use_orig_params` out, or use `strategy='fsdp2'`",
+    ),
+    "outside_units": Refusal(
+        ("fsdp1",),
+        _ALL,
+        "A trick",
+        "fsdp1",
+        "`{name}` is trained outside of every FSDP unit, so that each rank trains one of its own",
+        "let the strategy wrap the whole module, or freeze that parameter",
+    ),
+    "copies_of_one": Refusal(
+        ("fsdp1",),
+        _ALL,
+        "A trick",
+        "fsdp1 with one rank for each copy of the model",
+        "torch then averages no gradient between the copies, which part ways",
+        "use `sharding_strategy='NO_SHARD'`, or `strategy='ddp'`",
+    ),
+    "strided": Refusal(
+        ("fsdp1",),
+        _ALL,
+        "A trick",
+        "fsdp1",
+        "a parameter of shape {shape} does not lie row by row in memory, so that a rank's stretch of it has gaps",
+        "leave `channels_last` out, or use `strategy='fsdp2'`",
+    ),
+    "private_fsdp1": Refusal(
+        ("fsdp1",),
+        _ALL,
+        "A trick",
+        "torch {version}",
+        "its FSDP1 has no `{name}`",
+        "install the torch of constraints.txt, or use `strategy='fsdp2'`",
     ),
 }
 
@@ -156,6 +198,7 @@ _METHODS = {
         "before a step",
         "yes",
         "clamps gradients in place",
+        "clamps shards in place, and asks all ranks whether it did",
         "clamps shards in place, and asks all ranks whether it did",
         "refused",
     ),
@@ -241,14 +284,31 @@ _METHODS = {
         "dtypes of the copies held; the engine's reduction",
     ),
 }
-_GENERIC = {"engine": "this engine", "optimizer": "optimizer", "name": "…", "version": "of another version"}
+# what FSDP1 does otherwise than FSDP2
+_FSDP1 = {
+    "claim_gradient_clipping": "as on one device; Lightning itself cannot clip by the norm there",
+    "load_weights": "each rank reads its stretches",
+    "named_full_weights": "one tensor gathered at a time, not a unit",
+    "named_shards": "this rank's stretch of each parameter",
+    "put_shards": "writes this rank's stretches",
+    "load_shards": "each rank reads its stretches",
+    "memory": "this rank's flat parameters, padding included, and what is gathered",
+    "precision": "the dtypes that each unit is built with",
+}
+_GENERIC = {
+    "engine": "this engine",
+    "optimizer": "optimizer",
+    "name": "…",
+    "shape": "…",
+    "version": "of another version",
+}
 
 
 def capabilities(engine: str) -> tuple[Capability, ...]:
     """What each method of `Engine` does on an engine, and what is refused there.
 
     Args:
-        engine: `one_device`, `ddp`, `fsdp2`, `zero_1`, `zero_2` or `zero_3`.
+        engine: `one_device`, `ddp`, `fsdp2`, `fsdp1`, `zero_1`, `zero_2` or `zero_3`.
 
     Raises:
         MisconfigurationError: if there is no such engine.
@@ -259,13 +319,13 @@ def capabilities(engine: str) -> tuple[Capability, ...]:
     """
     if engine not in ENGINES:
         raise MisconfigurationError(f"there is no engine `{engine}`: choose one of {', '.join(ENGINES)}.")
-    column = 4 if engine in _ZERO else 3 if engine == "fsdp2" else 2
+    column = 4 if engine in _ZERO else 3 if engine in ("fsdp2", "fsdp1") else 2
     return tuple(
         Capability(
             method,
             words[0],
             words[1],
-            words[column],
+            (engine == "fsdp1" and _FSDP1.get(method)) or words[column],
             tuple(entry for entry in REFUSALS.values() if engine in entry.engines and method in entry.methods),
         )
         for method, words in _METHODS.items()
@@ -285,10 +345,10 @@ def refusal(key: str, **names: Any) -> UnsupportedError:
 
 def capability_tables() -> str:
     """The two tables of `docs/engines.md`, in Markdown."""
-    columns = [capabilities(engine) for engine in ("one_device", "fsdp2", "zero_3")]
+    columns = [capabilities(engine) for engine in ("one_device", "fsdp2", "fsdp1", "zero_3")]
     exact = [
-        _row(f"`{plain.method}`", plain.phase, plain.collective, plain.exact, fsdp2.exact, zero.exact)
-        for plain, fsdp2, zero in zip(*columns, strict=True)
+        _row(f"`{plain.method}`", plain.phase, plain.collective, plain.exact, fsdp2.exact, fsdp1.exact, zero.exact)
+        for plain, fsdp2, fsdp1, zero in zip(*columns, strict=True)
     ]
     refused = [
         _row(
@@ -300,7 +360,11 @@ def capability_tables() -> str:
         )
         for entry in REFUSALS.values()
     ]
-    first = [_row("method", "phase", "collective", "one device, DDP", "FSDP2", "ZeRO 1-3"), "|---" * 6 + "|", *exact]
+    first = [
+        _row("method", "phase", "collective", "one device, DDP", "FSDP2", "FSDP1", "ZeRO 1-3"),
+        "|---" * 7 + "|",
+        *exact,
+    ]
     second = [_row("methods", "engines", "refused with", "because", "instead"), "|---" * 5 + "|", *refused]
     return "\n".join([*first, "", *second, ""])
 

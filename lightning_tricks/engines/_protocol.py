@@ -25,7 +25,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """The engine's name: `one_device`, `ddp`, `fsdp2`, `zero_1`, `zero_2` or `zero_3`."""
+        """The engine's name: `one_device`, `ddp`, `fsdp2`, `fsdp1`, `zero_1`, `zero_2` or `zero_3`."""
 
     @property
     def rank(self) -> int:

@@ -75,6 +75,20 @@ RULES = (
     ),
     Rule(
         who="gradient_clip_val",
+        when=lambda now, _: _yes(now.engine == "fsdp1" and now.trainer.gradient_clip_algorithm != "value"),
+        verdict="refused",
+        words="Lightning cannot clip by the norm on {engine}",
+        remedy="use the callback GradientClipping",
+    ),
+    Rule(
+        who="adapt weights",
+        when=lambda now, _: _yes(now.engine == "fsdp1"),
+        verdict="refused",
+        words="{trick} knows weights by their names and whole, and {engine} renames and flattens them",
+        remedy="use `strategy='fsdp2'`",
+    ),
+    Rule(
+        who="gradient_clip_val",
         when=lambda now, _: _yes(not now.module.automatic_optimization),
         verdict="refused",
         words="Lightning does not clip by itself under manual optimisation",
@@ -124,7 +138,7 @@ RULES = (
     ),
     Rule(
         who="average weights",
-        when=_averages("WeightAveraging", "fsdp2", "zero_3"),
+        when=_averages("WeightAveraging", "fsdp2", "fsdp1", "zero_3"),
         verdict="refused",
         words="{trick} copies whole parameters, and under {engine} a rank holds parts of them",
         remedy="use `strategy='ddp'`",
@@ -138,7 +152,7 @@ RULES = (
     ),
     Rule(
         who="average weights",
-        when=_averages("StochasticWeightAveraging", "fsdp2", "zero_1", "zero_2", "zero_3"),
+        when=_averages("StochasticWeightAveraging", "fsdp2", "fsdp1", "zero_1", "zero_2", "zero_3"),
         verdict="refused",
         words="{trick} cannot average what {engine} shards",
         remedy="use `strategy='ddp'`",

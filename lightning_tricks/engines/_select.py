@@ -60,6 +60,10 @@ def _build(trainer: Trainer) -> BaseEngine:
         from lightning_tricks.engines._fsdp2 import FSDP2Engine
 
         return FSDP2Engine(trainer, "fsdp2")
+    if isinstance(strategy, FSDPStrategy):
+        from lightning_tricks.engines._fsdp1 import FSDP1Engine
+
+        return FSDP1Engine(trainer)
     if isinstance(strategy, DDPStrategy):
         return PlainEngine(trainer, "ddp")
     if isinstance(strategy, SingleDeviceStrategy):
@@ -68,11 +72,11 @@ def _build(trainer: Trainer) -> BaseEngine:
 
 
 def _unsupported(strategy: object) -> UnsupportedError:
-    reason = "the suite has no engine for this strategy"
-    if isinstance(strategy, FSDPStrategy):
-        reason = "its flattened shards of parameters hide which parameter a gradient belongs to"
     return UnsupportedError(
-        "A trick", type(strategy).__name__, reason, "use `strategy='fsdp2'`, 'ddp', 'zero_1', 'zero_2' or 'zero_3'"
+        "A trick",
+        type(strategy).__name__,
+        "the suite has no engine for this strategy",
+        "use `strategy='fsdp2'`, 'ddp', 'zero_1', 'zero_2' or 'zero_3'",
     )
 
 

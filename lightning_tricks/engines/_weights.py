@@ -160,14 +160,14 @@ class WeightsEngine:
 
     def _trained(self) -> list[Entry]:
         """The parameters in training, each once, under plain names."""
-        named = [(name.replace(_COMPILED, ""), parameter) for name, parameter in self._module.named_parameters()]
+        named = [(self._plain_name(name), parameter) for name, parameter in self._module.named_parameters()]
         return [Entry(name, parameter) for name, parameter in named if parameter.requires_grad]
 
     def _entries(self) -> list[Entry]:
         """The module's state dict as references to its own tensors, under plain names."""
-        keys = [key.replace(_COMPILED, "") for key in self._state_keys()]
+        keys = [self._plain_name(key) for key in self._state_keys()]
         own: dict[str, Tensor] = dict(self._module.named_buffers(remove_duplicate=False))
-        own = {name.replace(_COMPILED, ""): tensor for name, tensor in own.items()}
+        own = {self._plain_name(name): tensor for name, tensor in own.items()}
         own.update(self._named_parameters())
         for key in keys:
             if key not in own:
@@ -203,6 +203,10 @@ class WeightsEngine:
 
     # -- what a subclass says ----------------------------------------------------------------------------------
 
+    def _plain_name(self, name: str) -> str:
+        """A name as the plain module has it."""
+        return name.replace(_COMPILED, "")
+
     def _layout(self, tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
         """The dtype and shape that `_whole` will give, without communicating."""
         return tensor.dtype, tuple(tensor.shape)
@@ -228,7 +232,7 @@ class WeightsEngine:
 
     def _named_parameters(self) -> dict[str, Tensor]:
         parameters = self._module.named_parameters(remove_duplicate=False)
-        return {name.replace(_COMPILED, ""): parameter for name, parameter in parameters}
+        return {self._plain_name(name): parameter for name, parameter in parameters}
 
 
 def _describe(shape: Any) -> str:

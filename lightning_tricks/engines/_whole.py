@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_tricks.errors import UnsupportedError
+
 __all__ = ["whole"]
 
 
@@ -16,11 +18,21 @@ def whole(parameter: Tensor) -> Tensor:
     Args:
         parameter: a parameter or buffer of the module in training.
 
+    Raises:
+        UnsupportedError: for a parameter that FSDP1 has flattened.
+
     Example:
         >>> import torch
         >>> whole(torch.nn.Parameter(torch.ones(2)))
         tensor([1., 1.])
     """
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise UnsupportedError(
+            "Reading one parameter whole",
+            "fsdp1",
+            "a piece of a flat parameter does not say what it is a piece of",
+            "use `engine_of(trainer).named_full_weights()`, or `strategy='fsdp2'`",
+        )
     plain: Any = parameter.detach()
     if hasattr(plain, "full_tensor"):
         full: Tensor = plain.full_tensor()

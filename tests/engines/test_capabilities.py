@@ -43,6 +43,7 @@ def test_refusals_are_per_engine():
     refused = {engine: {c.method: c.refused for c in capabilities(engine)}["put_shards"] for engine in ENGINES}
     assert refused["zero_3"] == (REFUSALS["nvme"],)
     assert refused["fsdp2"] == (REFUSALS["tensor_parallel"],)
+    assert refused["fsdp1"] == tuple(entry for entry in REFUSALS.values() if entry.engines == ("fsdp1",))
     assert refused["ddp"] == refused["zero_1"] == ()
 
 
@@ -62,7 +63,16 @@ def test_refusal_becomes_the_error():
 
 def test_engines_raise_every_refusal_of_the_table_and_no_other():
     folder = Path(inspect.getfile(engines)).parent
-    files = ["_base.py", "_weights.py", "_plain.py", "_fsdp2.py", "_deepspeed.py", "_zero_step.py"]
+    files = [
+        "_base.py",
+        "_weights.py",
+        "_plain.py",
+        "_fsdp1.py",
+        "_fsdp2.py",
+        "_flat.py",
+        "_deepspeed.py",
+        "_zero_step.py",
+    ]
     code = "".join((folder / name).read_text() for name in files)
     assert set(re.findall(r'refusal\("(\w+)"', code)) == set(REFUSALS)
     assert re.findall(r"raise UnsupportedError\(\s*([^,]+),", code) == [

@@ -20,8 +20,7 @@
 | I5 manual optimisation where an engine cannot do it | test_manual.py |
 | I6 every preset trains on CPU | the matrix |
 | I7 loading runs nothing | `test_nothing_in_a_file_is_run`, `test_nothing_in_a_folder_is_run` of test_checkpoints.py |
-
-A9 (norm clipping under FSDP1) needs a GPU, and the suite refuses that strategy by name.
+| A9 norm clipping under Lightning's FSDPStrategy | `clipping` of test_fsdp1.py; Lightning's own class in tests/gpu |
 """
 
 import importlib.util

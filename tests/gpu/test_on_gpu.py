@@ -8,7 +8,7 @@ from tests.conformance.engines import ENGINES, Group
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-FLAGS = {name: flag for name, (flag, _) in ENGINES.items()}
+FLAGS = {name: flag for name, (flag, _) in ENGINES.items()} | {"fsdp1": "fsdp"}  # the last is Lightning's own
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 3e-2}
 
 
@@ -35,8 +35,9 @@ def test_engine_does_on_a_gpu_what_one_device_does(fit, engine, precision):
     assert list(differences(found["weights"], wanted["weights"], TOLERANCE[precision])) == []
 
 
-def test_norms_under_loss_scaling_are_those_of_unscaled_gradients(fit):
-    scaled, exact = fit("one_device", "16-mixed"), fit("one_device", "32-true")
+@pytest.mark.parametrize("engine", ["one_device", "fsdp1"])
+def test_norms_under_loss_scaling_are_those_of_unscaled_gradients(fit, engine):
+    scaled, exact = fit(engine, "16-mixed"), fit("one_device", "32-true")
     ours, theirs = (outcome["logged"]["grad_norm/total"]["values"][0] for outcome in (scaled, exact))
     assert torch.isclose(ours, theirs, rtol=2e-2)
 
