@@ -199,7 +199,6 @@ _METHODS = {
         "yes",
         "clamps gradients in place",
         "clamps shards in place, and asks all ranks whether it did",
-        "clamps shards in place, and asks all ranks whether it did",
         "refused",
     ),
     "veto_step": (

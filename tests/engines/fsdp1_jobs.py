@@ -189,3 +189,25 @@ def touched(root) -> list:
     """The objects whose private attributes the engine reads. When one is missing, look at `engines/_flat.py`."""
     unit, handle = root, root._handle
     return [(unit, PRIVATE["unit"]), (handle, PRIVATE["handle"]), (handle.flat_param, PRIVATE["flat_param"])]
+
+
+class Clamp(L.Callback):
+    """Clamps so that a single element of all ranks is outside, and then none."""
+
+    def setup(self, trainer, pl_module, stage):
+        engine_of(trainer)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None and p.grad.numel()]
+        largest = torch.stack([gradient.abs().max() for gradient in gradients]).max()
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        engine, limit = engine_of(trainer), float(largest) * 0.999
+        self.answers = [float(engine.clip_gradient_value(optimizer, limit)) for _ in range(2)]
+        assert all(gradient.abs().max() <= limit * (1 + 1e-6) for gradient in gradients)
+
+
+def values_clamped(folder: str) -> None:
+    """All ranks hear of an element that one of them clamped."""
+    clamp = Clamp()
+    prepared(folder, checks.Net(batches=1), clamp)
+    assert clamp.answers == [1.0, 0.0]

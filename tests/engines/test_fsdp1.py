@@ -77,7 +77,10 @@ def test_other_ways_to_shard(runs, check, options):
     runs.job("run_check", check=check, **options)
 
 
-@pytest.mark.parametrize("job", ["frozen_left_out", "signs_survive", "shards_to_a_file", "root_is_freed", "refusals"])
+JOBS = ["frozen_left_out", "signs_survive", "shards_to_a_file", "root_is_freed", "refusals", "values_clamped"]
+
+
+@pytest.mark.parametrize("job", JOBS)
 def test_job(runs, job):
     runs.job(job)
 
