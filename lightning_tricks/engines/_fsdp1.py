@@ -143,8 +143,6 @@ class FSDP1Engine(PlainEngine):
         )
 
     def _input_casts(self) -> list[str]:
-        if not isinstance(self._root, nn.Module) or not flat.units(self._root):
-            return []
-        policy = flat.private(flat.units(self._root)[0], "mixed_precision")
-        low = policy.param_dtype if policy.cast_root_forward_inputs else None
-        return [] if low in (None, torch.float32) else [f"the root casts its float inputs to {short(low)}"]
+        policies = [flat.private(unit, "mixed_precision") for unit in flat.units(self._root)[:1]]
+        low = [policy.param_dtype for policy in policies if policy.cast_root_forward_inputs and policy.param_dtype]
+        return [f"the root casts its float inputs to {short(dtype)}" for dtype in low if dtype != torch.float32]
