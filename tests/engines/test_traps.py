@@ -7,6 +7,8 @@
 | A3 one clip per step, of the accumulated gradient | `test_a3` here; `clipping` of checks.py |
 | A4 the same norm on every engine and precision | `twenty_steps` of checks.py; the matrix's GradientClipping row |
 | A5 two thresholds | `test_a5` here |
+| A6 no statistics of what is not finite | test_clipping.py; tests/callbacks/test_clipping_policies.py |
+| A8 the limits of an uninterrupted run | the matrix's rows of Percentile and ZScore; test_clipping_policies.py |
 | A10 two optimizers, manual optimisation | test_manual.py |
 | B1 a loss is divided once | `accumulation` of checks.py |
 | B2 a window cut short | `accumulation` of checks.py: as on one device, where Lightning divides by the whole window |
