@@ -3,5 +3,14 @@
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble, TopK
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import ClippingPolicy, FixedNorm, GradientClipping
+from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
 
-__all__ = ["CheckpointEnsemble", "ClippingPolicy", "EarlyStopping", "FixedNorm", "GradientClipping", "TopK"]
+__all__ = [
+    "CheckpointEnsemble",
+    "ClippingPolicy",
+    "EarlyStopping",
+    "FixedNorm",
+    "GradientClipping",
+    "NonFiniteGuard",
+    "TopK",
+]

@@ -98,6 +98,8 @@ class GradientClipping(TrickCallback):
 
     trick: ClassVar[Trick] = Trick(jobs=("clip gradients",), needs=("gradient_norm", "clip_gradient_norm"))
 
+    place: ClassVar[int | None] = 2
+
     def __init__(self, policy: float | ClippingPolicy = 1.0) -> None:
         super().__init__()
         self.policy = policy if isinstance(policy, ClippingPolicy) else FixedNorm(policy)
