@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, GradientClipping, TopK
+from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, GradientClipping, NonFiniteGuard, TopK
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance.compare import differences
@@ -155,6 +155,35 @@ def check_gradient_clipping(outcome: Outcome) -> None:
     assert 0 < clipped["values"].sum() < 12, "clips every step, or none: choose another limit"
 
 
+# -- NonFiniteGuard ----------------------------------------------------------------------------------------------------
+
+
+class Poisoned(Classifier):
+    """The third batch of every epoch has a loss that is not finite, on the last rank."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch)
+        last = self.trainer.global_rank == self.trainer.world_size - 1
+        return loss * float("nan") if batch_idx == 2 and last else loss
+
+
+def non_finite_guard() -> Run:
+    """Windows of two batches, of which each epoch's second one is dropped."""
+    return Run(Poisoned(), (NonFiniteGuard(),), trainer={"accumulate_grad_batches": 2})
+
+
+def observe_non_finite_guard(run: Run, trainer: L.Trainer) -> dict[str, Any]:
+    (guard,) = run.callbacks
+    return {"skipped_steps": guard.skipped_steps, "schedule": trainer.lr_scheduler_configs[0].scheduler.last_epoch}
+
+
+def check_non_finite_guard(outcome: Outcome) -> None:
+    assert outcome["facts"] == {"skipped_steps": 3, "schedule": 9}
+    assert outcome["steps"] == 12
+    assert outcome["logged"]["skipped_steps"]["values"].tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+    assert all(value.isfinite().all() for value in outcome["weights"].values())
+
+
 # -- CheckpointEnsemble ------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +287,7 @@ CASES = (
     Case("Plain", plain_accumulating, check_learned, variant="accumulating"),
     Case("EarlyStopping", early_stopping, check_early_stopping, observe_early_stopping),
     Case("GradientClipping", gradient_clipping, check_gradient_clipping),
+    Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
