@@ -1,8 +1,10 @@
 """Callbacks: thin Lightning hooks, one trick a file."""
 
+from lightning_tricks.callbacks._norm_series import Suggestion
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble, TopK
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import ClippingPolicy, FixedNorm, GradientClipping
+from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "EarlyStopping",
     "FixedNorm",
     "GradientClipping",
+    "GradientNormMonitor",
     "NonFiniteGuard",
+    "Suggestion",
     "TopK",
 ]

@@ -37,8 +37,8 @@ class QuantileSketch:
         """Take in values, which must be finite: fp32, of any shape, on the CPU."""
         flat = values.detach().float().flatten()
         self.count += flat.numel()
-        for part in flat.split(SIZE):
-            self._put(0, part)
+        for start in range(0, flat.numel(), SIZE):
+            self._put(0, flat[start : start + SIZE])
 
     def merge(self, other: "QuantileSketch") -> None:
         """Take in another sketch's values."""

@@ -32,7 +32,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, GradientClipping, NonFiniteGuard, TopK
+from lightning_tricks.callbacks import (
+    CheckpointEnsemble,
+    EarlyStopping,
+    GradientClipping,
+    GradientNormMonitor,
+    NonFiniteGuard,
+    TopK,
+)
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance.compare import differences
@@ -153,6 +160,33 @@ def check_gradient_clipping(outcome: Outcome) -> None:
     assert (limits["values"] - LIMIT).abs().max() < 1e-6
     assert ((norms["values"] > LIMIT) == clipped["values"].bool()).all()
     assert 0 < clipped["values"].sum() < 12, "clips every step, or none: choose another limit"
+
+
+# -- GradientNormMonitor -----------------------------------------------------------------------------------------------
+
+
+def gradient_norm_monitor() -> Run:
+    """Behind clipping in the list, whose gradients it must not see clipped."""
+    monitor = GradientNormMonitor(groups={"encoder": "encoder", "head": "head"})
+    return Run(Descent(), (GradientClipping(LIMIT), monitor), trainer={"accumulate_grad_batches": 2})
+
+
+def observe_gradient_norm_monitor(run: Run, trainer: L.Trainer) -> dict[str, Any]:
+    monitor = run.callbacks[1]
+    (series,) = monitor.state_dict()["series"].values()
+    norms = torch.tensor([norm for _, norm, _ in series["points"]])
+    counts = {name: series[name] for name in ("seen", "limited", "clipped", "skipped")}
+    return {**counts, "norms": norms, "quantiles": torch.tensor(monitor.quantiles([0.05, 0.5, 0.95]))}
+
+
+def check_gradient_norm_monitor(outcome: Outcome) -> None:
+    logged, facts = outcome["logged"], outcome["facts"]
+    total, encoder, head = (logged[f"grad_norm/{name}"]["values"] for name in ("total", "encoder", "head"))
+    assert torch.allclose(torch.hypot(encoder, head), total, rtol=2e-3), "groups were measured after clipping"
+    assert (facts["seen"], facts["limited"], facts["skipped"]) == (12, 12, [])
+    assert facts["clipped"] == logged["grad_norm/clipped"]["values"].sum()
+    assert abs(logged["grad_norm/clipped_share"]["values"][-1] - facts["clipped"] / 12) < 1e-6
+    assert torch.allclose(facts["norms"].double(), total, rtol=1e-6)
 
 
 # -- NonFiniteGuard ----------------------------------------------------------------------------------------------------
@@ -287,6 +321,7 @@ CASES = (
     Case("Plain", plain_accumulating, check_learned, variant="accumulating"),
     Case("EarlyStopping", early_stopping, check_early_stopping, observe_early_stopping),
     Case("GradientClipping", gradient_clipping, check_gradient_clipping),
+    Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
