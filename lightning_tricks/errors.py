@@ -6,6 +6,7 @@ __all__ = [
     "DegradedWarning",
     "MisconfigurationError",
     "MissingDependencyError",
+    "NonFiniteError",
     "TricksError",
     "UnsupportedError",
 ]
@@ -29,6 +30,10 @@ class CheckpointError(TricksError):
 
 class MissingDependencyError(TricksError, ImportError):
     """An optional dependency is absent: the message holds the exact `pip install` line."""
+
+
+class NonFiniteError(TricksError, ArithmeticError):
+    """Training met one step after another whose loss or gradient is not finite: the message names the batches."""
 
 
 class DegradedWarning(UserWarning):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_tricks.callbacks._order import arrange
 from lightning_tricks.engines import Engine, Trick, check_before_fit, engine_of
 from lightning_tricks.errors import MisconfigurationError
 
@@ -19,11 +20,15 @@ class TrickCallback(Callback):
     instead of `setup`, `state_dict` and `load_state_dict`: state is loaded into a `fit` only, so that
     `trainer.test(ckpt_path=...)` afterwards leaves what the fit found as it was.
 
+    Those that treat gradients have a `place`, and act in its order whatever their order in the Trainer's list: 0 drops
+    steps, 1 measures, 2 clips, 3 averages.
+
     The first of them in a fit runs `lightning_tricks.check`, which goes by what each declares in `trick`.
     """
 
     trick: ClassVar[Trick] = Trick()
     runs_check: ClassVar[bool] = True
+    place: ClassVar[int | None] = None
     _stage: str = "fit"
 
     @property
@@ -41,6 +46,7 @@ class TrickCallback(Callback):
         self._engine = engine_of(trainer)
         self._stage = stage
         if stage == "fit":
+            arrange(trainer)
             check_before_fit(trainer, self)
             self._prepare(trainer, pl_module)
 

@@ -45,6 +45,8 @@ class GradientClipping(TrickCallback):
 
     trick: ClassVar[Trick] = Trick(jobs=("clip gradients",), needs=("gradient_norm", "clip_gradient_norm"))
 
+    place: ClassVar[int | None] = 2
+
     def __init__(self, policy: float | ClippingPolicy | Value = 1.0) -> None:
         super().__init__()
         self.policy = policy if isinstance(policy, ClippingPolicy | Value) else FixedNorm(policy)

@@ -132,6 +132,10 @@ class BaseEngine(LiveEngine, ABC):
     def was_step_applied(self) -> bool:
         """Whether the last optimizer step changed the weights."""
 
+    @abstractmethod
+    def scales_loss(self) -> bool:
+        """Whether fp16 scales the loss, and drops steps by itself."""
+
 
 def _refuse_closures(optimizer: Optimizer) -> None:
     if isinstance(optimizer, LBFGS):

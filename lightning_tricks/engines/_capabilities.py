@@ -215,6 +215,13 @@ _METHODS = {
         "as on one device",
         "DeepSpeed's answer",
     ),
+    "scales_loss": (
+        "once training runs",
+        "no",
+        "whether a gradient scaler is at work",
+        "as on one device",
+        "whether DeepSpeed trains in fp16",
+    ),
     "named_full_weights": (
         "between steps",
         "yes",

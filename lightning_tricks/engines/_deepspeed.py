@@ -63,6 +63,10 @@ class DeepSpeedEngine(BaseEngine):
         """DeepSpeed's own answer."""
         return bool(self._live.was_step_applied())
 
+    def scales_loss(self) -> bool:
+        """Whether DeepSpeed trains in fp16."""
+        return bool(self._live.fp16_enabled())
+
     def _step_gradients(self) -> StepGradients:
         gradients = self._gradients()
         if gradients is None or gradients.engine is not self._live:

@@ -41,8 +41,8 @@ class PlainEngine(BaseEngine):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        if scaler is not None and scaler.is_enabled():
+        if self.scales_loss():
+            scaler = self._trainer.precision_plugin.scaler  # type: ignore[attr-defined]
             # The scaler counts this as one more step without overflow. One that did overflow resets the count anyhow.
             state = scaler.state_dict()
             scaler.load_state_dict({**state, "_growth_tracker": state["_growth_tracker"] - 1})
@@ -50,6 +50,11 @@ class PlainEngine(BaseEngine):
     def was_step_applied(self) -> bool:
         """Whether the optimizer ran in the last step, on gradients."""
         return self._applied == self._trainer.global_step - 1 >= 0
+
+    def scales_loss(self) -> bool:
+        """Whether a gradient scaler is at work."""
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        return scaler is not None and bool(scaler.is_enabled())
 
     def step_ran(self, optimizer: Optimizer) -> None:
         """Called after every `step()` of every torch optimizer of this process."""

@@ -112,6 +112,12 @@ class Engine(Protocol):
         must exist before the step: get it in `setup()`.
         """
 
+    def scales_loss(self) -> bool:
+        """Whether fp16 scales the loss, so that a step whose scaled gradients overflow is dropped by the engine itself.
+
+        Live. Free. Such a step has a `gradient_norm` that is not finite, and says nothing about its batch.
+        """
+
     # -- weights: live, between steps --------------------------------------------------------------------------
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -6,10 +6,12 @@ from lightning_tricks.functional.gradient_clipping import clip_coefficient
 from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
 from lightning_tricks.functional.patterns import is_glob, path_matches
+from lightning_tricks.functional.quantiles import QuantileSketch
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
 
 __all__ = [
     "NormMoments",
+    "QuantileSketch",
     "balanced_weights",
     "clip_coefficient",
     "fingerprint",

@@ -61,3 +61,15 @@ def test_defaults_are_ready_to_use():
     assert parsed("CheckpointEnsemble").members == TopK(3, monitor="val/loss")
     assert parsed("EarlyStopping").mode == "min"
     assert repr(parsed("GradientClipping").policy) == "FixedNorm(limit=1.0)"
+
+
+def test_non_finite_guard():
+    assert parsed("NonFiniteGuard", max_skips=2).max_skips == 2
+    assert parsed("NonFiniteGuard", dirpath="folder").dirpath == "folder"
+
+
+@pytest.mark.parametrize("groups", [{"top": "head"}, {"top": "head", "all": "*"}])
+def test_gradient_norm_monitor(groups):
+    assert parsed("GradientNormMonitor", groups=groups).groups == groups
+    assert parsed("GradientNormMonitor", groups=["head"], every_n_steps=5).groups == {"head": "head"}
+    assert parsed("GradientNormMonitor").groups == {}

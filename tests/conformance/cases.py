@@ -36,6 +36,8 @@ from lightning_tricks.callbacks import (
     CheckpointEnsemble,
     EarlyStopping,
     GradientClipping,
+    GradientNormMonitor,
+    NonFiniteGuard,
     Percentile,
     TopK,
     Value,
@@ -207,6 +209,62 @@ def check_spikes(outcome: Outcome) -> None:
     assert limits.max() < 2 * norms[usual].max()
 
 
+# -- GradientNormMonitor -----------------------------------------------------------------------------------------------
+
+
+def gradient_norm_monitor() -> Run:
+    """Behind clipping in the list, whose gradients it must not see clipped."""
+    monitor = GradientNormMonitor(groups={"encoder": "encoder", "head": "head"})
+    return Run(Descent(), (GradientClipping(LIMIT), monitor), trainer={"accumulate_grad_batches": 2})
+
+
+def observe_gradient_norm_monitor(run: Run, trainer: L.Trainer) -> dict[str, Any]:
+    monitor = run.callbacks[1]
+    (series,) = monitor.state_dict()["series"].values()
+    norms = torch.tensor([norm for _, norm, _ in series["points"]])
+    counts = {name: series[name] for name in ("seen", "limited", "clipped", "skipped")}
+    return {**counts, "norms": norms, "quantiles": torch.tensor(monitor.quantiles([0.05, 0.5, 0.95]))}
+
+
+def check_gradient_norm_monitor(outcome: Outcome) -> None:
+    logged, facts = outcome["logged"], outcome["facts"]
+    total, encoder, head = (logged[f"grad_norm/{name}"]["values"] for name in ("total", "encoder", "head"))
+    assert torch.allclose(torch.hypot(encoder, head), total, rtol=2e-3), "groups were measured after clipping"
+    assert (facts["seen"], facts["limited"], facts["skipped"]) == (12, 12, [])
+    assert facts["clipped"] == logged["grad_norm/clipped"]["values"].sum()
+    assert abs(logged["grad_norm/clipped_share"]["values"][-1] - facts["clipped"] / 12) < 1e-6
+    assert torch.allclose(facts["norms"].double(), total, rtol=1e-6)
+
+
+# -- NonFiniteGuard ----------------------------------------------------------------------------------------------------
+
+
+class Poisoned(Classifier):
+    """The third batch of every epoch has a loss that is not finite, on the last rank."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch)
+        last = self.trainer.global_rank == self.trainer.world_size - 1
+        return loss * float("nan") if batch_idx == 2 and last else loss
+
+
+def non_finite_guard() -> Run:
+    """Windows of two batches, of which each epoch's second one is dropped."""
+    return Run(Poisoned(), (NonFiniteGuard(),), trainer={"accumulate_grad_batches": 2})
+
+
+def observe_non_finite_guard(run: Run, trainer: L.Trainer) -> dict[str, Any]:
+    (guard,) = run.callbacks
+    return {"skipped_steps": guard.skipped_steps, "schedule": trainer.lr_scheduler_configs[0].scheduler.last_epoch}
+
+
+def check_non_finite_guard(outcome: Outcome) -> None:
+    assert outcome["facts"] == {"skipped_steps": 3, "schedule": 9}
+    assert outcome["steps"] == 12
+    assert outcome["logged"]["skipped_steps"]["values"].tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+    assert all(value.isfinite().all() for value in outcome["weights"].values())
+
+
 # -- CheckpointEnsemble ------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +379,8 @@ CASES = (
             (engine, precision): "DeepSpeed's step clips by the norm only" for engine in ZERO for precision in EXACT
         },
     ),
+    Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
+    Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
