@@ -10,14 +10,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-# What Lightning's launchers put into the environment, where a later process would take it for its own.
+# What Lightning puts into the environment, where a later process would take it for its own.
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+SEEDED = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
 @pytest.fixture(autouse=True)
 def no_process_group_left():
     """End the process group that a fit in this very process started, so that later tests see one device."""
-    before = {name: os.environ.get(name) for name in LAUNCHED}
+    before = {name: os.environ.get(name) for name in (*LAUNCHED, *SEEDED)}
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

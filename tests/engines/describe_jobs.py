@@ -232,7 +232,8 @@ def said(engine: str, folder: str) -> None:
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(handler)
-    level, logger.level = logger.level, logging.INFO
+    level = logger.level
+    logger.setLevel(logging.INFO)
     try:
         trainer = trainer_of(engine, folder, "32-true")
         trainer.fit(module)

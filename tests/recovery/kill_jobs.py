@@ -103,6 +103,8 @@ def _child(engine: str, place: Path, port: int, moment: int | None, delay: float
         os.environ["MASTER_PORT"] = str(port)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # which knows the last fit's addresses
         _train(engine, place, moment, delay)
+        while moment is not None:  # a fit that is faster than its delay: it is killed at its very end
+            time.sleep(1)
         status = 0
     except BaseException:
         traceback.print_exc()

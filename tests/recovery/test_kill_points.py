@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 def test_there_are_twenty_points_on_every_engine():
     assert sum(POINTS.values()) == 20
-    assert set(POINTS) == set(ENGINES)
+    assert set(POINTS) == set(ENGINES) - {"hsdp"}  # which is fsdp2 on one machine
 
 
 @pytest.mark.parametrize("engine", POINTS)
