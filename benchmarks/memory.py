@@ -16,12 +16,13 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import _report
 import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-RESULTS = Path(__file__).parent / "results" / "memory.json"
+RESULTS = _report.RESULTS / "memory.json"
 ENGINES = ("ddp", "fsdp2", "zero_1", "zero_2", "zero_3")
 PRECISIONS = ("32-true", "bf16-mixed")
 RANKS = 2
@@ -206,22 +207,10 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def write(rows: dict, options: argparse.Namespace) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from demo import commit
-
-    from lightning_tricks.cli.demo_report import hardware
-
     if options.engines != ENGINES and options.output.exists():  # the others stay as they were measured before
-        rows = {**json.loads(options.output.read_text())["rows"], **rows}
-    content = {
-        "question": "bytes per parameter and rank on 2 ranks, AdamW, against the ZeRO paper's formula",
-        "commit": commit(),
-        "hardware": hardware(),
-        "rows": {engine: rows[engine] for engine in ENGINES if engine in rows},
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {options.output}")
+        rows = {**json.loads(options.output.read_text())["findings"], **rows}
+    question = "bytes per parameter and rank on 2 ranks, AdamW, against the ZeRO paper's formula"
+    _report.write(options.output, question, {engine: rows[engine] for engine in ENGINES if engine in rows})
 
 
 if __name__ == "__main__":
