@@ -1,6 +1,7 @@
 """Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""
 
 from lightning_tricks.functional.class_weights import balanced_weights, weighted_cross_entropy_sums
+from lightning_tricks.functional.cosine_restarts import cosine_restarts, cycle_ends
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient
 from lightning_tricks.functional.greedy_selection import Selection, greedy_selection
@@ -17,6 +18,8 @@ __all__ = [
     "Selection",
     "balanced_weights",
     "clip_coefficient",
+    "cosine_restarts",
+    "cycle_ends",
     "fingerprint",
     "greedy_selection",
     "infer_mode",
