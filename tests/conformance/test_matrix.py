@@ -10,7 +10,6 @@ from tests.conformance.matrix import Matrix, outcome
 from tests.conformance.render import PAGE, STALE, cells, remember, render
 
 
-
 def together(engine):
     """One process runs all tests of an engine, however many processes share the tests."""
     return pytest.mark.xdist_group(f"matrix {engine}")
