@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO 1-3: fp32 masters in flat pieces, and a norm that is read before the step that uses it.
 
-DeepSpeed's private attributes are touched here and in the files `_zero_*.py` only; those of its optimizers are listed
-in `_zero_step.PRIVATE` and `_zero_manual.PRIVATE`, which a test compares with the DeepSpeed installed.
+DeepSpeed's private attributes are touched here and in the files `_zero_*.py` only; `_zero_private.py` lists them all.
 """
 
 import math
@@ -19,11 +18,11 @@ from lightning_tricks.engines._base import BaseEngine, Entry
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._clipping import deepspeed_config
 from lightning_tricks.engines._live import Held, elements
-from lightning_tricks.engines._zero_step import PRIVATE, StepGradients
+from lightning_tricks.engines._zero_step import StepGradients
 from lightning_tricks.errors import UnsupportedError
 from lightning_tricks.storage import WeightsFile
 
-__all__ = ["PRIVATE", "DeepSpeedEngine", "full_value"]
+__all__ = ["DeepSpeedEngine", "full_value"]
 
 
 class DeepSpeedEngine(BaseEngine):

@@ -1,21 +1,12 @@
 """One copy of fp32 weights under ZeRO: the masters lie where the parameters do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_tricks.engines._zero_step import private
-
-__all__ = ["PRIVATE", "share_memory"]
-
-# What an optimizer of each stage must have, built: the parts of the parameters that this rank updates, their masters.
-PRIVATE = {
-    1: ("parallel_partitioned_bit16_groups", "real_dp_process_group", "single_partition_of_fp32_groups"),
-    3: ("fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat"),
-}
-PRIVATE[2] = PRIVATE[1]
+__all__ = ["share_memory"]
 
 
 def share_memory(optimizer: Any, stage: int) -> None:
@@ -29,27 +20,20 @@ def share_memory(optimizer: Any, stage: int) -> None:
     Args:
         optimizer: ZeRO's own, before its first step.
         stage: 1, 2 or 3.
-
-    Raises:
-        UnsupportedError: if this DeepSpeed keeps them elsewhere.
     """
-    masters, parts = (_stage_three if stage == 3 else _stages_one_and_two)(
-        *(private(optimizer, name) for name in PRIVATE[stage])
-    )
-    shared = [_share(master, part) for master, part in zip(masters, parts, strict=True)]
+    shared = [_share(master, part) for master, part in (_stage_three if stage == 3 else _stages_one_and_two)(optimizer)]
     if any(shared) and stage < 3:
-        private(optimizer, "_link_all_hp_params")()  # each parameter has a view of its master
+        optimizer._link_all_hp_params()  # each parameter has a view of its master
 
 
-def _stage_three(parts: Iterable[Tensor], masters: Iterable[Tensor]) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
-    return masters, parts
+def _stages_one_and_two(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    ranks = [torch.distributed.get_rank(group) for group in optimizer.real_dp_process_group]
+    parts = [of_ranks[rank] for of_ranks, rank in zip(optimizer.parallel_partitioned_bit16_groups, ranks, strict=True)]
+    return zip(optimizer.single_partition_of_fp32_groups, parts, strict=True)
 
 
-def _stages_one_and_two(
-    parts: Iterable[list[Tensor]], groups: Iterable[Any], masters: Iterable[Tensor]
-) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
-    ranks = (torch.distributed.get_rank(group) for group in groups)
-    return masters, [of_ranks[rank] for of_ranks, rank in zip(parts, ranks, strict=True)]
+def _stage_three(optimizer: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+    return zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
 
 
 def _share(master: Tensor, part: Tensor | None) -> bool:

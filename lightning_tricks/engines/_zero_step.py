@@ -9,26 +9,7 @@ from torch import Tensor
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
 
-__all__ = ["PRIVATE", "StepGradients", "private"]
-
-PRIVATE = {
-    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
-        "_link_all_hp_params",
-        "_update_scale",
-        "get_param_id",
-        "scaled_global_norm",
-        "update_lp_params",
-    ),
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
-        "_get_norm_groups",
-        "_partition_all_parameters",
-        "_reassign_or_swap_out_partitioned_parameters",
-        "_update_scale",
-        "get_param_id",
-        "invalidate_secondary_tensor",
-    ),
-    "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": ("partition_all_parameters",),
-}
+__all__ = ["StepGradients"]
 
 
 class StepGradients:
@@ -48,8 +29,8 @@ class StepGradients:
         self._optimizer = engine.optimizer
         self._stage = stage
         method = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
-        self._compute = private(self._optimizer, method)
-        self._update_scale = private(self._optimizer, "_update_scale")
+        self._compute = _private(self._optimizer, method)
+        self._update_scale = _private(self._optimizer, "_update_scale")
         _refuse_steps_without_a_norm(self._optimizer)
         setattr(self._optimizer, method, self._within_step)
         self._optimizer._update_scale = self._after_norm
@@ -133,12 +114,7 @@ def _paired(parameters: list[Any], gradients: list[Any]) -> Iterator[tuple[Any, 
     return zip(parameters, real, strict=False)
 
 
-def private(optimizer: Any, name: str) -> Any:
-    """An attribute of DeepSpeed's that it does not promise to keep.
-
-    Raises:
-        UnsupportedError: if this DeepSpeed has none of that name.
-    """
+def _private(optimizer: Any, name: str) -> Any:
     if not hasattr(optimizer, name):
         import deepspeed
 

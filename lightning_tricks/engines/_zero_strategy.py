@@ -55,6 +55,7 @@ from lightning_tricks.engines._zero_optimizer import (
     refuse_optimizer,
     refuse_untrainable,
 )
+from lightning_tricks.engines._zero_private import require
 from lightning_tricks.engines._zero_saving import save_zero
 from lightning_tricks.errors import MisconfigurationError
 
@@ -276,8 +277,10 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         engine, built = self._initialize(
             model, self._config, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
         )
+        stage = self._config["zero_optimization"]["stage"]
+        require(engine, stage)
         if self._offload.optimizer == "none":
-            share_memory(built, self._config["zero_optimization"]["stage"])
+            share_memory(built, stage)
         return engine, built
 
     def _initialize_deepspeed_inference(self, model: Module) -> None:
