@@ -17,6 +17,7 @@ from lightning_tricks.errors import UnsupportedError
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not run: needs DeepSpeed")
 FOLDER = Path(engines.__file__).parent
 FILES = sorted([*FOLDER.glob("_zero_*.py"), FOLDER / "_deepspeed.py", FOLDER / "_universal.py"])
+USERS = [path for path in FILES if path.name != "_zero_private.py"]
 # Names of torch's modules, of the standard library, and marks that may be missing: looked for with a default.
 OTHERS = {
     *("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks"),
@@ -35,9 +36,7 @@ def touched(path):
             yield node.value
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if path.name != "_zero_private.py"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", USERS, ids=lambda path: path.name)
 def test_private_names_are_listed(path):
     stages = (*OPTIMIZER.values(), *PARAMETER.values(), *MODULES.values())
     listed = {*OTHERS, *ENGINE, *FRAGMENT, *(name for names in stages for name in names)}
@@ -47,7 +46,7 @@ def test_private_names_are_listed(path):
 
 
 def test_the_list_has_no_name_that_nothing_touches():
-    used = {name for path in FILES if path.name != "_zero_private.py" for name in touched(path)}
+    used = {name for path in USERS for name in touched(path)}
     listed = {*ENGINE, *FRAGMENT, *(name for names in (*OPTIMIZER.values(), *PARAMETER.values()) for name in names)}
     assert listed - used == set()
 
