@@ -1,6 +1,17 @@
 """Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""
 
-from lightning_tricks.functional.class_weights import balanced_weights, weighted_cross_entropy_sums
+from lightning_tricks.functional.class_losses import (
+    class_loss_sums,
+    log_prior,
+    two_class_logits,
+    weighted_cross_entropy_sums,
+)
+from lightning_tricks.functional.class_weights import (
+    balanced_weights,
+    checked_weights,
+    effective_number_weights,
+    inverse_square_root_weights,
+)
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient
 from lightning_tricks.functional.lora import low_rank_update
@@ -13,17 +24,23 @@ __all__ = [
     "NormMoments",
     "QuantileSketch",
     "balanced_weights",
+    "checked_weights",
+    "class_loss_sums",
     "clip_coefficient",
+    "effective_number_weights",
     "fingerprint",
     "infer_mode",
+    "inverse_square_root_weights",
     "is_glob",
     "is_improvement",
+    "log_prior",
     "low_rank_update",
     "path_matches",
     "percentile",
     "rank_scores",
     "remember_norm",
     "same_fingerprint",
+    "two_class_logits",
     "weighted_cross_entropy_sums",
     "zscore_limit",
 ]
