@@ -1,5 +1,6 @@
 """What all engines share about gradients: the claim on clipping, one norm a step, a veto once a step."""
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -96,6 +97,16 @@ class BaseEngine(LiveEngine, ABC):
         self.gradient_norm(optimizer)  # whoever asks later in this step gets the norm of the gradients as they were
         return self._clip_values(optimizer, limit)
 
+    def scale_gradients(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply this step's gradients, and the norm if it is known already."""
+        _refuse_closures(optimizer)
+        if not 0 < factor < math.inf:
+            raise MisconfigurationError(f"`factor` must be a finite number above 0, got {factor}.")
+        known, norm = self._norms.get(optimizer, (-1, None))
+        if norm is not None and known == self._trainer.global_step:
+            self._norms[optimizer] = (known, norm * factor)
+        self._scale(optimizer, factor)
+
     def veto_step(self, optimizer: Optimizer) -> None:
         """Drop this step, once, on all ranks."""
         self.gradient_norm(optimizer)  # whoever asks later in this step gets the norm of the gradients as they were
@@ -124,6 +135,9 @@ class BaseEngine(LiveEngine, ABC):
 
     @abstractmethod
     def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor: ...
+
+    @abstractmethod
+    def _scale(self, optimizer: Optimizer, factor: float) -> None: ...
 
     @abstractmethod
     def _veto(self, optimizer: Optimizer) -> None: ...

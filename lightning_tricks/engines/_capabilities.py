@@ -10,7 +10,14 @@ __all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capa
 _TORCH = ("one_device", "ddp", "fsdp2", "fsdp1")
 _ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*_TORCH, *_ZERO)
-_NORMS = ("clip_gradient_norm", "clip_gradient_value", "gradient_norm", "gradient_norms", "veto_step")
+_NORMS = (
+    "clip_gradient_norm",
+    "clip_gradient_value",
+    "gradient_norm",
+    "gradient_norms",
+    "scale_gradients",
+    "veto_step",
+)
 _SHARDS = ("load_shards", "named_shards", "put_shards", "save_shards")
 _WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
 _ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
@@ -200,6 +207,13 @@ _METHODS = {
         "clamps gradients in place",
         "clamps shards in place, and asks all ranks whether it did",
         "refused",
+    ),
+    "scale_gradients": (
+        "before a step",
+        "yes",
+        "multiplies gradients in place",
+        "multiplies shards in place",
+        "multiplies the fp32 gradients within the step, before it clips",
     ),
     "veto_step": (
         "before a step",

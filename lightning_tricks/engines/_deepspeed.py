@@ -55,6 +55,9 @@ class DeepSpeedEngine(BaseEngine):
     def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor:
         raise refusal("value", engine=self.name)
 
+    def _scale(self, optimizer: Optimizer, factor: float) -> None:
+        self._step_gradients().scale(factor)
+
     def _veto(self, optimizer: Optimizer) -> None:
         self._step_gradients().veto()
 

@@ -6,7 +6,14 @@ from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine
 from lightning_tricks.engines._capabilities import refusal
-from lightning_tricks.engines._gradients import clamp_values, global_norm, gradients_of, group_norms, scale_to_norm
+from lightning_tricks.engines._gradients import (
+    clamp_values,
+    global_norm,
+    gradients_of,
+    group_norms,
+    multiply,
+    scale_to_norm,
+)
 from lightning_tricks.engines._steps import watch_steps
 
 __all__ = ["PlainEngine"]
@@ -35,6 +42,10 @@ class PlainEngine(BaseEngine):
 
     def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor:
         return clamp_values(gradients_of(optimizer), limit, self._device)
+
+    def _scale(self, optimizer: Optimizer, factor: float) -> None:
+        self._refuse_scaled_gradients(optimizer)
+        multiply(gradients_of(optimizer), factor)
 
     def _veto(self, optimizer: Optimizer) -> None:
         """Without a gradient, an optimizer leaves a parameter, its moments and its step count alone."""

@@ -91,6 +91,19 @@ class Engine(Protocol):
             UnsupportedError: on ZeRO, whose step takes a limit for the norm alone.
         """
 
+    def scale_gradients(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply this step's gradients by `factor`, on all ranks alike. Norms and clipping go by the product.
+
+        For what is known only once a window is complete, such as how many tokens it held. Twice in a step multiplies.
+
+        Live, inside `on_before_optimizer_step` of a real step, before anything is clipped in it. Collective: the same
+        factor on every rank. Costs one pass over this rank's gradients, which ZeRO does in
+        fp32 within its step.
+
+        Raises:
+            MisconfigurationError: if `factor` is not a finite number above 0.
+        """
+
     def veto_step(self, optimizer: Optimizer) -> None:
         """Drop this optimizer step: weights, moments and step counts stay as if it had not been, bit for bit.
 

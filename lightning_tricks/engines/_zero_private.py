@@ -24,9 +24,12 @@ _EVERY_STAGE = (
     "averaged_gradients",
     "clear_backward_seen_flag",
     "clip_grad",
+    "custom_loss_scaler",
+    "external_loss_scale",
     "finalize_gradient_accumulation_boundary",
     "get_param_id",
     "loss_scale",
+    "unscale_and_clip_grads",
 )
 _FIRST_STAGES = (
     *_EVERY_STAGE,

@@ -12,6 +12,9 @@ from lightning_tricks.engines._ranks import sum_over_ranks
 __all__ = ["StepGradients"]
 
 
+_SCALE = ("custom_loss_scaler", "external_loss_scale")  # attributes: a scale that overrules the optimizer's own
+
+
 class StepGradients:
     """Reads a ZeRO optimizer's norm before its step, lets that step reuse it, and clips or drops that step alone.
 
@@ -32,10 +35,15 @@ class StepGradients:
         self._compute = _private(self._optimizer, method)
         self._update_scale = _private(self._optimizer, "_update_scale")
         _refuse_steps_without_a_norm(self._optimizer)
+        self._unscale = _private(self._optimizer, "unscale_and_clip_grads")
+        for name in _SCALE:
+            _private(self._optimizer, name)
         setattr(self._optimizer, method, self._within_step)
+        self._optimizer.unscale_and_clip_grads = self._unscale_by_factor
         self._optimizer._update_scale = self._after_norm
         self._known: tuple[int, Any] = (-1, None)
         self._limit: tuple[int, float] = (-1, 0.0)
+        self._factor: tuple[int, float] = (-1, 1.0)
         self._vetoed = -1
         self._restore: dict[str, Any] | None = None
 
@@ -48,7 +56,7 @@ class StepGradients:
 
             result = combine_grad_norm_groups(result)
         scaled = torch.as_tensor(result).float().reshape(())
-        return torch.where(scaled < 0, torch.nan, scaled) / float(self._optimizer.loss_scale)
+        return torch.where(scaled < 0, torch.nan, scaled) / self._divisor()
 
     def group_norms(self, groups: list[list[Tensor]], device: torch.device) -> Tensor:
         """The unscaled norm of each group of parameters, in one reduction."""
@@ -56,7 +64,7 @@ class StepGradients:
         found = [[parts[id(parameter)] for parameter in group if id(parameter) in parts] for group in groups]
         none = torch.zeros((), dtype=torch.float64, device=device)
         squares = [torch.stack(group).double().square().sum().to(device) if group else none for group in found]
-        return (sum_over_ranks(torch.stack(squares), device).sqrt() / float(self._optimizer.loss_scale)).float()
+        return (sum_over_ranks(torch.stack(squares), device).sqrt() / self._divisor()).float()
 
     def _local_norms(self) -> dict[int, Tensor]:
         """id(parameter) -> the scaled norm of the part of its gradient that this rank holds."""
@@ -77,6 +85,28 @@ class StepGradients:
     def clip(self, limit: float) -> None:
         """Let the coming step clip at `limit`, and only that one."""
         self._limit = (self.engine.global_steps, limit)
+
+    def scale(self, factor: float) -> None:
+        """Let the coming step multiply gradients by `factor`, before it clips them."""
+        self._factor = (self.engine.global_steps, self._present_factor() * factor)
+
+    def _present_factor(self) -> float:
+        return self._factor[1] if self._factor[0] == self.engine.global_steps else 1.0
+
+    def _divisor(self) -> float:
+        """What the gradients held are divided by in the coming step."""
+        return float(self._optimizer.loss_scale) / self._present_factor()
+
+    def _unscale_by_factor(self, *args: Any, **kwargs: Any) -> Any:
+        """The step divides its fp32 gradients by the loss scale, and clips: it is given one that holds the factor."""
+        kept = {name: getattr(self._optimizer, name) for name in _SCALE}
+        divisor = self._divisor()
+        self._optimizer.custom_loss_scaler, self._optimizer.external_loss_scale = True, divisor
+        try:
+            return self._unscale(*args, **kwargs)
+        finally:
+            for name, value in kept.items():
+                setattr(self._optimizer, name, value)
 
     def veto(self) -> None:
         """Let the coming step be dropped, and only that one."""

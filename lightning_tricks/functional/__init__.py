@@ -15,6 +15,7 @@ from lightning_tricks.functional.class_weights import (
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient
 from lightning_tricks.functional.lora import low_rank_update
+from lightning_tricks.functional.loss_sums import per_maximum_length, per_sequence, per_token
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
 from lightning_tricks.functional.patterns import is_glob, path_matches
 from lightning_tricks.functional.quantiles import QuantileSketch
@@ -36,6 +37,9 @@ __all__ = [
     "log_prior",
     "low_rank_update",
     "path_matches",
+    "per_maximum_length",
+    "per_sequence",
+    "per_token",
     "percentile",
     "rank_scores",
     "remember_norm",

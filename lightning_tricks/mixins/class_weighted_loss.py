@@ -1,24 +1,20 @@
-"""Class-weighted cross-entropy whose mean is the same however the batch is spread over ranks."""
+"""Class-weighted cross-entropy whose mean is the same however the data are spread over ranks and micro-batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_tricks.engines import Rule, Trick, check_before_fit, engine_of
+from lightning_tricks.engines import Trick
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional import balanced_weights, weighted_cross_entropy_sums
+from lightning_tricks.mixins._normalizes_losses import DIVIDED_TWICE, NormalizesLosses
 from lightning_tricks.mixins._order import require_before_lightning_module
 
 __all__ = ["Balanced", "ClassWeightedLossMixin"]
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule as _Base
-else:
-    _Base = object
 
 
 @dataclass(frozen=True)
@@ -44,16 +40,8 @@ def _weighs(module: Any) -> bool:
     return weights is not None and (weights.is_meta or bool((weights != weights[0]).any()))
 
 
-_MEAN_OF_EACH_MICRO_BATCH = Rule(
-    when=lambda now, _: {} if now.trainer.accumulate_grad_batches > 1 else None,
-    verdict="degraded",
-    words="each micro-batch has a weighted mean of its own, and counts the same whatever classes it holds",
-    remedy="train with larger batches and without `accumulate_grad_batches`",
-)
-
-
-class ClassWeightedLossMixin(_Base):
-    """Cross-entropy in which rare classes weigh more, exact over ranks.
+class ClassWeightedLossMixin(NormalizesLosses):
+    """Cross-entropy in which rare classes weigh more, exact over ranks and accumulation windows.
 
     Name it before `LightningModule` among the base classes, call `weigh_classes` in `__init__`, and use
     `class_weighted_loss` in the steps. The weights are the buffer `class_weights`: fp32 at every precision, moved and
@@ -76,8 +64,8 @@ class ClassWeightedLossMixin(_Base):
 
     trick: ClassVar[Trick] = Trick(
         jobs=("balance classes",),
-        needs=("sum_over_ranks",),
-        rules=(_MEAN_OF_EACH_MICRO_BATCH,),
+        needs=("scale_gradients", "sum_over_ranks", "veto_step"),
+        rules=(DIVIDED_TWICE,),
         used=_weighs,
     )
     class_weights: Tensor
@@ -105,13 +93,13 @@ class ClassWeightedLossMixin(_Base):
         self.register_buffer("class_weights", weights)
 
     def class_weighted_loss(self, logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-        """The weighted mean cross-entropy of the batch that all ranks hold together.
+        """The weighted mean cross-entropy: the weighted sum over the sum of the weights, of all ranks together.
 
-        Each rank's value is its share times the number of ranks: the mean over ranks, which engines take of gradients
-        and `self.log(..., sync_dist=True)` of values, is exactly the mean of the whole batch. A rank without a valid
-        target contributes 0. Without a Trainer it equals `F.cross_entropy(..., weight=class_weights)`, but for a
-        batch without a valid target, where it is 0. Collective: call it on every rank alike. Under gradient
-        accumulation each micro-batch has a mean of its own.
+        In training the mean is that of the whole optimizer step, its micro-batches included, as
+        `LossNormalizationMixin.normalized_loss` says: what is logged in the training step, what adds nothing, and that
+        the loss or a multiple of it is returned. Under manual optimisation each call is a mean of its own. Without a
+        Trainer it equals `F.cross_entropy(..., weight=class_weights)`, but for a batch without a valid target, where
+        it is 0. Collective: call it on every rank alike.
 
         Args:
             logits: scores of shape (N, K, ...), of any floating precision; the loss is computed in fp32.
@@ -122,7 +110,8 @@ class ClassWeightedLossMixin(_Base):
             The loss, fp32, zero-dimensional.
 
         Raises:
-            MisconfigurationError: if the weights are not set or the shapes do not fit.
+            MisconfigurationError: if the weights are not set or the shapes do not fit; or, under accumulation, if it is
+                called twice in a training step or its result is mixed with another loss.
             DataError: if a target is no class. Only on the CPU: elsewhere that would wait for the device at every step,
                 and the device itself stops with its own, less readable, error.
         """
@@ -131,21 +120,7 @@ class ClassWeightedLossMixin(_Base):
         if targets.device.type == "cpu":
             _require_classes(targets, len(weights), ignore_index)
         numerator, denominator = weighted_cross_entropy_sums(logits, targets, weights, ignore_index=ignore_index)
-        total, ranks = self._over_ranks(denominator)
-        return numerator * ranks / torch.where(total > 0, total, 1.0)
-
-    def on_train_start(self) -> None:
-        """Warn if the training sampler balances the classes too."""
-        super().on_train_start()
-        check_before_fit(self.trainer, self, "data")
-
-    def _over_ranks(self, value: Tensor) -> tuple[Tensor, int]:
-        try:
-            trainer = self.trainer
-        except RuntimeError:  # not attached to one
-            return value, 1
-        engine = engine_of(trainer)
-        return engine.sum_over_ranks(value), engine.world_size
+        return self._normalized(numerator, denominator)
 
     def _checked_weights(self) -> Tensor:
         if "class_weights" not in self._buffers:

@@ -45,6 +45,7 @@ from lightning_tricks.callbacks import (
 )
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance import normalization_cases as normalization
 from tests.conformance.compare import differences
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
@@ -384,6 +385,7 @@ CASES = (
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
+    Case("LossNormalizationMixin", normalization.loss_normalization, normalization.check_loss_normalization),
 )
 
 
