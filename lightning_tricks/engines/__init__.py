@@ -1,6 +1,7 @@
 """The seam: what a trick may ask of whatever strategy trains."""
 
 from lightning_tricks.engines._allowed import allow_hyper_parameters
+from lightning_tricks.engines._aside import aside, is_aside
 from lightning_tricks.engines._capabilities import Capability, Refusal, capabilities
 from lightning_tricks.engines._check import check, check_before_fit
 from lightning_tricks.engines._consolidate import consolidate
@@ -39,12 +40,14 @@ __all__ = [
     "Trick",
     "ZeroStrategy",
     "allow_hyper_parameters",
+    "aside",
     "capabilities",
     "check",
     "check_before_fit",
     "consolidate",
     "engine_of",
     "inspect_checkpoint",
+    "is_aside",
     "ranks",
     "read_checkpoint",
     "rival",

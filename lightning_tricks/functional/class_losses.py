@@ -96,7 +96,7 @@ def class_loss_sums(
         return (loss.masked_fill(~valid, 0) * of_targets).sum(), of_targets.sum()
 
 
-def log_prior(counts: Sequence[int] | Tensor) -> Tensor:
+def log_prior(counts: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
     """The logarithm of each class's share of the training set, as logit adjustment adds it in training.
 
     Args:
