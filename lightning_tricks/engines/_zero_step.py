@@ -1,6 +1,5 @@
 """What a ZeRO optimizer does with its gradients in the coming step: read before it, and steered within it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
+from lightning_tricks.engines._zero_parts import Edit, Part, paired, parts, piece
 
 __all__ = ["PRIVATE", "StepGradients"]
 
@@ -16,6 +16,7 @@ PRIVATE = {
         "_update_scale",
         "get_param_id",
         "scaled_global_norm",
+        "unscale_and_clip_grads",
         "update_lp_params",
     ),
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
@@ -25,6 +26,7 @@ PRIVATE = {
         "_update_scale",
         "get_param_id",
         "invalidate_secondary_tensor",
+        "unscale_and_clip_grads",
     ),
     "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": ("partition_all_parameters",),
 }
@@ -54,6 +56,9 @@ class StepGradients:
         self._optimizer._update_scale = self._after_norm
         self._known: tuple[int, Any] = (-1, None)
         self._limit: tuple[int, float] = (-1, 0.0)
+        self._edits: tuple[int, list[Edit]] = (-1, [])
+        self._unscale = _private(self._optimizer, "unscale_and_clip_grads")
+        self._optimizer.unscale_and_clip_grads = self._unscaled
         self._vetoed = -1
         self._restore: dict[str, Any] | None = None
 
@@ -85,12 +90,34 @@ class StepGradients:
             keys = {id(parameter): optimizer.get_param_id(parameter) for group in held for parameter in group}
             return {own: torch.as_tensor(known[key]).float() for own, key in keys.items() if key in known}
         pairs = [
-            pair for index, group in enumerate(held) for pair in _paired(group, optimizer.averaged_gradients[index])
+            pair for index, group in enumerate(held) for pair in paired(group, optimizer.averaged_gradients[index])
         ]
         if not pairs:
             return {}
         norms = torch._foreach_norm([gradient for _, gradient in pairs], 2, dtype=torch.float32)
         return {id(parameter): norm for (parameter, _), norm in zip(pairs, norms, strict=True)}
+
+    def parts(self) -> list[Part]:
+        """This rank's stretches of the gradients."""
+        return parts(self._optimizer, self._stage)
+
+    def loss_scale(self) -> float:
+        """What they are multiplied by until the step."""
+        return float(self._optimizer.loss_scale)
+
+    def edit(self, edit: Edit) -> None:
+        """Let the coming step, and only that one, change each flat piece of unscaled fp32 gradients in place."""
+        step = self.engine.global_steps
+        self._edits = (step, [*(self._edits[1] if self._edits[0] == step else []), edit])
+
+    def _unscaled(self, gradients: Any, total_norm: Any) -> None:
+        """DeepSpeed's last act before it steps a piece; stage 3 names its number, the others give the piece itself."""
+        self._unscale(gradients, total_norm)
+        step, edits = self._edits
+        if step == self.engine.global_steps:
+            index, flat = piece(self._optimizer, self._stage, gradients)
+            for edit in edits:
+                edit(index, flat)
 
     def clip(self, limit: float) -> None:
         """Let the coming step clip at `limit`, and only that one."""
@@ -124,12 +151,6 @@ class StepGradients:
         for name, value in self._restore.items():
             setattr(self._optimizer, name, value)
         self._restore = None
-
-
-def _paired(parameters: list[Any], gradients: list[Any]) -> Iterator[tuple[Any, Tensor]]:
-    """Parameters with their gradients; DeepSpeed puts zeros between them, which it marks, and after them."""
-    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
-    return zip(parameters, real, strict=False)
 
 
 def _private(optimizer: Any, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from lightning_tricks.functional.class_weights import balanced_weights, weighted_cross_entropy_sums
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
-from lightning_tricks.functional.gradient_clipping import clip_coefficient
+from lightning_tricks.functional.gradient_clipping import clip_coefficient, unit_coefficients
 from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
 from lightning_tricks.functional.patterns import is_glob, path_matches
@@ -24,6 +24,7 @@ __all__ = [
     "rank_scores",
     "remember_norm",
     "same_fingerprint",
+    "unit_coefficients",
     "weighted_cross_entropy_sums",
     "zscore_limit",
 ]
