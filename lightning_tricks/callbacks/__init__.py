@@ -1,6 +1,7 @@
 """Callbacks: thin Lightning hooks, one trick a file."""
 
-from lightning_tricks.callbacks._clipping_policies import ClippingPolicy, FixedNorm, Percentile, Value, ZScore
+from lightning_tricks.callbacks._clipping_policies import ClippingPolicy, FixedNorm, Percentile, ZScore
+from lightning_tricks.callbacks._gradient_policies import GradientPolicy, UnitwiseAdaptive, Value
 from lightning_tricks.callbacks._norm_series import Suggestion
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble, TopK
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
@@ -15,10 +16,12 @@ __all__ = [
     "FixedNorm",
     "GradientClipping",
     "GradientNormMonitor",
+    "GradientPolicy",
     "NonFiniteGuard",
     "Percentile",
     "Suggestion",
     "TopK",
+    "UnitwiseAdaptive",
     "Value",
     "ZScore",
 ]

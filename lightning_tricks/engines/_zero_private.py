@@ -55,6 +55,7 @@ OPTIMIZER = {
         "fp16_groups",
         "fp16_partitioned_groups_flat",
         "fp32_partitioned_groups_flat",
+        "grad_position",
         "invalidate_secondary_tensor",
         "offload_optimizer",
         "persistent_parameters",
@@ -67,7 +68,7 @@ PARAMETER = {
     2: ("_hp_mapping",),
     3: ("_z3_optimizer", "ds_id", "ds_numel", "ds_process_group", "ds_shape", "ds_tensor"),
 }
-FRAGMENT = ("hp_fragment", "lp_fragment_address")
+FRAGMENT = ("hp_fragment", "hp_fragment_address", "lp_fragment_address")
 # Where the suite reaches into modules themselves.
 MODULES = {
     "deepspeed.checkpoint.ds_to_universal": ("main",),

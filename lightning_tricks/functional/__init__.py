@@ -13,7 +13,7 @@ from lightning_tricks.functional.class_weights import (
     inverse_square_root_weights,
 )
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
-from lightning_tricks.functional.gradient_clipping import clip_coefficient
+from lightning_tricks.functional.gradient_clipping import clip_coefficient, unit_coefficients
 from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.loss_sums import per_maximum_length, per_sequence, per_token
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
@@ -45,6 +45,7 @@ __all__ = [
     "remember_norm",
     "same_fingerprint",
     "two_class_logits",
+    "unit_coefficients",
     "weighted_cross_entropy_sums",
     "zscore_limit",
 ]

@@ -47,6 +47,7 @@ from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance import normalization_cases as normalization
 from tests.conformance.compare import differences
+from tests.conformance.gradient_cases import check_clipped_share, check_parts, clipping_by_part, clipping_by_unit
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
 __all__ = ["CASES", "Case", "Run"]
@@ -174,7 +175,6 @@ class Spiky(Descent):
 
 
 SPIKES = (4, 9)
-ZERO = ("zero_1", "zero_2", "zero_2_offload", "zero_3", "zero_3_offload")
 
 
 def clipping_by_value() -> Run:
@@ -376,10 +376,9 @@ CASES = (
         clipping_by_value,
         check_value,
         variant="Value",
-        refused={
-            (engine, precision): "DeepSpeed's step clips by the norm only" for engine in ZERO for precision in EXACT
-        },
     ),
+    Case("GradientClipping", clipping_by_unit, check_clipped_share, variant="UnitwiseAdaptive"),
+    Case("GradientClipping", clipping_by_part, check_parts, variant="parts"),
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
