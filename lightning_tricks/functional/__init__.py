@@ -12,24 +12,31 @@ from lightning_tricks.functional.class_weights import (
     effective_number_weights,
     inverse_square_root_weights,
 )
+from lightning_tricks.functional.cosine_restarts import cosine_restarts, cycle_ends
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient, unit_coefficients
+from lightning_tricks.functional.greedy_selection import Selection, greedy_selection
 from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.loss_sums import per_maximum_length, per_sequence, per_token
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
 from lightning_tricks.functional.patterns import is_glob, path_matches
 from lightning_tricks.functional.quantiles import QuantileSketch
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
+from lightning_tricks.functional.weighted_mean import weighted_mean
 
 __all__ = [
     "NormMoments",
     "QuantileSketch",
+    "Selection",
     "balanced_weights",
     "checked_weights",
     "class_loss_sums",
     "clip_coefficient",
+    "cosine_restarts",
+    "cycle_ends",
     "effective_number_weights",
     "fingerprint",
+    "greedy_selection",
     "infer_mode",
     "inverse_square_root_weights",
     "is_glob",
@@ -47,5 +54,6 @@ __all__ = [
     "two_class_logits",
     "unit_coefficients",
     "weighted_cross_entropy_sums",
+    "weighted_mean",
     "zscore_limit",
 ]

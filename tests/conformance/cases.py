@@ -45,6 +45,7 @@ from lightning_tricks.callbacks import (
 )
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
 from tests.conformance.compare import differences
 from tests.conformance.gradient_cases import check_clipped_share, check_parts, clipping_by_part, clipping_by_unit
@@ -382,6 +383,21 @@ CASES = (
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
+    Case("CheckpointEnsemble", ensembles.cyclic, ensembles.check_cyclic, ensembles.observe_cyclic, variant="Cyclic"),
+    Case(
+        "CheckpointEnsemble",
+        ensembles.greedy_soup,
+        ensembles.check_greedy_soup,
+        ensembles.observe_greedy_soup,
+        variant="GreedySoup",
+    ),
+    Case(
+        "CheckpointEnsemble",
+        ensembles.predictions,
+        ensembles.check_predictions,
+        ensembles.observe_predictions,
+        variant="Predictions",
+    ),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
     Case("LossNormalizationMixin", normalization.loss_normalization, normalization.check_loss_normalization),
