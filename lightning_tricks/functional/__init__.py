@@ -1,9 +1,11 @@
 """Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""
 
 from lightning_tricks.functional.class_weights import balanced_weights, weighted_cross_entropy_sums
+from lightning_tricks.functional.dora_linear import dora_linear, low_rank_row_norms
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient
 from lightning_tricks.functional.lora import low_rank_update
+from lightning_tricks.functional.low_rank_linear import low_rank_linear
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
 from lightning_tricks.functional.patterns import is_glob, path_matches
 from lightning_tricks.functional.quantiles import QuantileSketch
@@ -14,10 +16,13 @@ __all__ = [
     "QuantileSketch",
     "balanced_weights",
     "clip_coefficient",
+    "dora_linear",
     "fingerprint",
     "infer_mode",
     "is_glob",
     "is_improvement",
+    "low_rank_linear",
+    "low_rank_row_norms",
     "low_rank_update",
     "path_matches",
     "percentile",
