@@ -40,7 +40,8 @@ def low_rank_row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -
     squares = torch.linalg.vector_norm(weight, dim=1, dtype=exact).square()
     squares = squares + (2 * scale) * (cross * wide).sum(0)
     squares = squares + scale**2 * (small.mm(small.t()).mm(wide) * wide).sum(0)
-    return squares.clamp_min(0).sqrt()
+    norms: Tensor = squares.clamp_min(0).sqrt()
+    return norms
 
 
 def dora_linear(
@@ -129,7 +130,7 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("DoRA")
-        x, weight, bias, down, up, magnitude, factor, narrow = ctx.saved_tensors
+        x, weight, bias, down, up, _, factor, narrow = ctx.saved_tensors
         grad = grads[0].to(weight.dtype)
         with torch.autocast(grad.device.type, enabled=False):
             matrix = weight.t() if ctx.transposed else weight
@@ -155,7 +156,7 @@ class _DoRALinear(torch.autograd.Function):
 
 def _magnitude_gradient(ctx: Any, grad: Tensor, grad_bias: Tensor | None) -> Tensor:
     """The sum over the batch of gradient times direction, which is (output - bias) / magnitude."""
-    x, weight, bias, down, up, magnitude, factor, narrow = ctx.saved_tensors
+    x, weight, bias, _, up, magnitude, factor, narrow = ctx.saved_tensors
     lengths = _not_zero(magnitude)
     if ctx.remembered is not None and ctx.remembered[0]._version == ctx.remembered[1]:
         total = _sum_of_products(grad, ctx.remembered[0])
