@@ -108,7 +108,8 @@ def _is_transposed(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one, adapted or not."""
     return isinstance(layer, nn.Linear) or _is_transposed(plain_type(layer) if _adaptable(layer) else type(layer))
 
 
@@ -123,7 +124,7 @@ def _select(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
     named = [(name, m) for name, m in module.named_modules() if name and path_matches(pattern, name)]
     chosen = [(name, m) for name, m in named if _adaptable(m)]
     if is_glob(pattern):  # a glob means linear layers, where there are some
-        chosen = [(name, m) for name, m in chosen if _is_linear(m)] or chosen
+        chosen = [(name, m) for name, m in chosen if is_linear(m)] or chosen
     others = [(name, m) for name, m in named if not _adaptable(m)]
     if others and not (chosen and is_glob(pattern)):
         name, other = others[0]
@@ -146,7 +147,7 @@ def _resolve(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
     for name, layer in module.named_modules():
         called = type(layer) is not nn.modules.linear.NonDynamicallyQuantizableLinear
         inside = pattern == "all-linear" or any(name.startswith(f"{outer}.") or not outer for outer in attentions)
-        if _is_linear(layer) and called and inside and layer is not head:
+        if is_linear(layer) and called and inside and layer is not head:
             chosen.append((name, layer))
     if not chosen:
         raise MisconfigurationError(
@@ -156,7 +157,7 @@ def _resolve(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
 
 
 def _slices(name: str, layer: nn.Module, parts: str) -> tuple[tuple[int, int], ...]:
-    if not _is_linear(layer):
+    if not is_linear(layer):
         raise MisconfigurationError(f"`{name}` is a {type(layer).__name__}: only a linear layer has parts.")
     outputs = int(getattr(layer, "out_features", 0) or getattr(layer, "nf", 0))
     found = tuple(sorted(_range(name, part.strip(), outputs) for part in parts.split(",")))

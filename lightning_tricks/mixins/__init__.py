@@ -1,8 +1,10 @@
 """Mixins to subclass beside LightningModule."""
 
 from lightning_tricks.mixins.adapter import AdapterMixin
+from lightning_tricks.mixins.bitfit import BitFit
 from lightning_tricks.mixins.class_weighted_loss import Balanced, ClassWeightedLossMixin
 from lightning_tricks.mixins.dora import DoRA
+from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA, LoRAMixin
 
-__all__ = ["AdapterMixin", "Balanced", "ClassWeightedLossMixin", "DoRA", "LoRA", "LoRAMixin"]
+__all__ = ["AdapterMixin", "Balanced", "BitFit", "ClassWeightedLossMixin", "DoRA", "IA3", "LoRA", "LoRAMixin"]

@@ -118,6 +118,7 @@ class AdapterMixin(_Base):
         kept = selection.trainable(module, adapter.trainable)
         selection.require_values(module, plan)
         held = self._adapted[prefix]
+        _require_together(prefix, [*(other.method for other in held.values()), adapter.method])
         if not held:
             module.requires_grad_(False)
         for parameter in kept:
@@ -362,6 +363,14 @@ AdapterMixin.trick = AdapterMixin.trick_named("AdapterMixin")
 def _first(module: Any) -> str:
     """Of the module's base classes, the first that is a mixin of adapters."""
     return next(base.__name__ for base in type(module).__mro__ if isinstance(vars(base).get("trick"), Trick))
+
+
+def _require_together(prefix: str, methods: list[Method]) -> None:
+    for method in methods:
+        if len(methods) > 1 and not method.switchable:
+            raise MisconfigurationError(
+                f"`{prefix}` cannot hold {type(method).__name__} and another adapter: {method.reason}"
+            )
 
 
 def _require_the_same(prefix: str, name: str, before: _Adapter, now: _Adapter) -> None:

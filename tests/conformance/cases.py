@@ -45,6 +45,7 @@ from lightning_tricks.callbacks import (
 )
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
@@ -383,6 +384,7 @@ CASES = (
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
+    *(Case("AdapterMixin", row.build, row.check, row.observe, variant=name) for name, row in ADAPTER_ROWS.items()),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
 )
 
