@@ -110,9 +110,9 @@ class LoRAEmbedding(LowRankLayer, nn.Embedding):
         nn.init.zeros_(self.own("lora_A", name))
         nn.init.normal_(self.own("lora_B", name))
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+    def assemble(self, name: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Of shapes (rank, entries) and (rank, width)."""
-        return self.own("lora_A", name).t(), self.own("lora_B", name)
+        return down.t(), up
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up `x`, whole numbers of any shape."""

@@ -105,7 +105,11 @@ class LowRankLayer(AdaptedLayer):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """What is multiplied: of shapes (k, inputs) and (k, outputs), where k is the rank, once for each slice."""
-        options, down, up = self.adapters[name], self.own("lora_A", name), self.own("lora_B", name)
+        return self.assemble(name, self.own("lora_A", name), self.own("lora_B", name))
+
+    def assemble(self, name: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """`factors`, of given values of `lora_A` and `lora_B`."""
+        options = self.adapters[name]
         if options.init == "pissa":
             down = torch.cat((down, self.own("lora_A_start", name)))
             up = torch.cat((up, -self.own("lora_B_start", name)))

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -279,6 +281,52 @@ class AdapterMixin(_Base):
             for ratio, parameters in sorted(groups.items())
         ]
 
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save_adapter(self, folder: str | Path, *, name: str = "default") -> None:
+        """Write one adapter as `peft.PeftModel.from_pretrained` loads it, and a fingerprint of its base. Collective.
+
+        Args:
+            folder: gets `adapter_config.json`, `adapter_model.safetensors` and `lightning_tricks.json`.
+            name: which adapter.
+
+        Raises:
+            MisconfigurationError: if there is no such adapter, adapters are merged, or peft has no such method.
+            CheckpointError: if the disk refuses it.
+        """
+        self._require_unmerged("save")
+        adapter_files().save_adapter(self, Path(folder), name)
+
+    def load_adapter(self, folder: str | Path, *, name: str = "default", module: nn.Module) -> None:
+        """Read an adapter that peft or `save_adapter` wrote, and make it the active one.
+
+        Args:
+            folder: where it is.
+            name: what it is called here. An adapter of that name gets the values; otherwise `module` is adapted.
+            module: the module of `self` that is its base.
+
+        Raises:
+            CheckpointError: if a file is missing or malformed, the type unknown, or the base another one; the first
+                tensor that differs is named.
+            MisconfigurationError: if adapters are merged.
+        """
+        self._require_unmerged("load")
+        adapter_files().load_adapter(self, Path(folder), name, module)
+
+    def export_merged(self, path: str | Path, *, module: nn.Module) -> None:
+        """Write `module` with the active adapters in its weights, as one plain safetensors file. Changes nothing.
+
+        Args:
+            path: of the file, ending in `.safetensors`.
+            module: an adapted module of `self`; its keys in the file are its own.
+
+        Raises:
+            MisconfigurationError: if a weight is sharded or shared with another layer.
+            CheckpointError: if the disk refuses it.
+        """
+        selection.require_mergeable(self)
+        adapter_files().export_merged(Path(path), module)
+
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -358,6 +406,11 @@ class AdapterMixin(_Base):
 
 
 AdapterMixin.trick = AdapterMixin.trick_named("AdapterMixin")
+
+
+def adapter_files() -> Any:
+    """The files' code knows every method, and methods know this mixin: it is imported when it is needed."""
+    return import_module("lightning_tricks.mixins._adapter_files")
 
 
 def _first(module: Any) -> str:

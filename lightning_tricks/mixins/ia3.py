@@ -22,8 +22,8 @@ class IA3(Method):
     each feed-forward part.
 
     Args:
-        targets: the layers whose outputs are rescaled, as in `LoRA`.
-        feedforward: the layers whose inputs are rescaled; may be empty.
+        targets: the layers whose outputs are rescaled, as in `LoRA`; may be empty if the other is not.
+        feedforward: the layers whose inputs are rescaled; likewise.
 
     Raises:
         MisconfigurationError: if a name is missing.
@@ -44,11 +44,11 @@ class IA3(Method):
     recorded: ClassVar[tuple[str, ...]] = ("targets", "feedforward")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.feedforward, str) and not tuple(self.feedforward):
-            object.__setattr__(self, "feedforward", ())
-        else:
-            object.__setattr__(self, "feedforward", require_targets(self.feedforward))
-        object.__setattr__(self, "targets", require_targets(self.targets))
+        both = {"targets": self.targets, "feedforward": self.feedforward}
+        if not any(both.values()):
+            raise MisconfigurationError("`targets` and `feedforward` are both empty: name at least one layer.")
+        for option, names in both.items():
+            object.__setattr__(self, option, require_targets(names) if names else ())
 
     def plan(self, module: nn.Module, name: str) -> dict[str, Any]:
         """The layers, and which side of each is rescaled.

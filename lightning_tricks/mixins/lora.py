@@ -42,7 +42,7 @@ class LoRA(Method):
         rank: rank of the update, 1 or more; 4 to 64 in practice. A linear layer gets `rank * (in + out)` parameters.
             Or several, by patterns as in `targets`, of which the first that fits a layer counts:
             `{"query": 16, "*": 4}`.
-        alpha: the update is scaled by `alpha / rank`; above 0; often `rank` to `2 * rank`.
+        alpha: the update is scaled by `alpha / rank`; above 0; often `rank` to `2 * rank`. Or several by patterns.
         targets: the layers, by the last part of their name (`query`), several parts (`self.query`), or a glob
             (`layer.[0-3].*.query`; `*` alone is every linear layer); `"all-linear"`; `"attention"`. Parts of a fused
             projection stand behind a colon: `c_attn:q,v`.
@@ -68,7 +68,7 @@ class LoRA(Method):
     """
 
     rank: int | Mapping[str, int] = 8
-    alpha: float = 16.0
+    alpha: float | Mapping[str, float] = 16.0
     targets: Sequence[str] = ("query", "value")
     dropout: float = 0.0
     rslora: bool = False
@@ -80,8 +80,9 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         require_ranks(self.rank)
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise MisconfigurationError(f"`alpha` must be positive and finite, got {self.alpha!r}: try twice the rank.")
+        for alpha in self.alpha.values() if isinstance(self.alpha, Mapping) else (self.alpha,):
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise MisconfigurationError(f"`alpha` must be positive and finite, got {alpha!r}: try twice the rank.")
         if not 0 <= self.dropout < 1:
             raise MisconfigurationError(f"`dropout` must be in [0, 1), got {self.dropout!r}: try 0 or 0.05.")
         if self.init not in ("kaiming", "gaussian", "pissa"):
@@ -99,11 +100,11 @@ class LoRA(Method):
         targets = find_targets(module, self.targets)
         refuse_other_adapters(targets, name, LowRankLayer)
         plan = {path: (target, self._options(path, target)) for path, target in targets.items()}
-        if isinstance(self.rank, Mapping):
-            for pattern in self.rank:
+        for option, values in (("rank", self.rank), ("alpha", self.alpha)):
+            for pattern in values if isinstance(values, Mapping) else ():
                 if not any(path_matches(pattern, path) for path in plan):
                     raise MisconfigurationError(
-                        f"the rank's pattern {pattern!r} fits none of the targets: they are {', '.join(plan)}."
+                        f"the {option}'s pattern {pattern!r} fits none of the targets: they are {', '.join(plan)}."
                     )
         return plan
 
@@ -114,26 +115,26 @@ class LoRA(Method):
 
     def _options(self, path: str, target: Target) -> LowRank:
         _refuse_layer(path, target.layer, self.init, self.decomposed)
-        rank = self._rank_of(path)
+        rank, alpha = int(_value("rank", self.rank, path)), float(_value("alpha", self.alpha, path))
         outputs, inputs = _sizes(target)
         if rank > min(outputs, inputs):
             raise MisconfigurationError(
                 f"`rank` {rank} is above the smaller side of `{path}`, which is {outputs} x {inputs}: an update of "
                 f"that rank has more parameters than it can use. Use at most {min(outputs, inputs)}."
             )
-        return LowRank(
-            rank, float(self.alpha), self.dropout, self.rslora, self.init, target.slices, decomposed=self.decomposed
-        )
+        return LowRank(rank, alpha, self.dropout, self.rslora, self.init, target.slices, decomposed=self.decomposed)
 
-    def _rank_of(self, path: str) -> int:
-        if not isinstance(self.rank, Mapping):
-            return self.rank
-        for pattern, rank in self.rank.items():
-            if path_matches(pattern, path):
-                return rank
-        raise MisconfigurationError(
-            f"`rank` says nothing of `{path}`: add a pattern that fits, such as '*', to {dict(self.rank)}."
-        )
+
+def _value(option: str, values: float | Mapping[str, float], path: str) -> float:
+    """What an option is for one layer: the first pattern that fits counts."""
+    if not isinstance(values, Mapping):
+        return values
+    for pattern, value in values.items():
+        if path_matches(pattern, path):
+            return value
+    raise MisconfigurationError(
+        f"`{option}` says nothing of `{path}`: add a pattern that fits, such as '*', to {dict(values)}."
+    )
 
 
 def require_ranks(rank: Any) -> None:
