@@ -1,5 +1,6 @@
 """Mixins to subclass beside LightningModule."""
 
+from lightning_tricks.mixins._footprint import TrainableReport, trainable_report
 from lightning_tricks.mixins.adapter import AdapterMixin
 from lightning_tricks.mixins.bitfit import BitFit
 from lightning_tricks.mixins.class_weighted_loss import Balanced, ClassWeightedLossMixin
@@ -7,4 +8,15 @@ from lightning_tricks.mixins.dora import DoRA
 from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA, LoRAMixin
 
-__all__ = ["AdapterMixin", "Balanced", "BitFit", "ClassWeightedLossMixin", "DoRA", "IA3", "LoRA", "LoRAMixin"]
+__all__ = [
+    "AdapterMixin",
+    "Balanced",
+    "BitFit",
+    "ClassWeightedLossMixin",
+    "DoRA",
+    "IA3",
+    "LoRA",
+    "LoRAMixin",
+    "TrainableReport",
+    "trainable_report",
+]

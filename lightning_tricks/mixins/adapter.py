@@ -7,13 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.layers import adapted_layers, leave_fast_path
 from lightning_tricks.mixins import _selection as selection
+from lightning_tricks.mixins._footprint import trainable_report
 from lightning_tricks.mixins._frozen_base import FrozenBase
 from lightning_tricks.mixins._method import Method
 from lightning_tricks.mixins._order import require_before_lightning_module
@@ -330,7 +331,7 @@ class AdapterMixin(_Base):
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Look at the base anew: it may have been replaced since the last run.
+        """Say what is trained, and look at the base anew: it may have been replaced since the last run.
 
         Raises:
             MisconfigurationError: if a fit begins while adapters are merged.
@@ -338,6 +339,8 @@ class AdapterMixin(_Base):
         super().setup(stage)
         if stage == "fit":
             self._require_unmerged("train")
+            if "_adapted" in self.__dict__:
+                rank_zero_info(f"{type(self).__name__}: {trainable_report(self)}")
         if "_frozen_base" in self.__dict__:
             self._frozen_base.forget()
 
