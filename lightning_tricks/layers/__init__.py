@@ -1,6 +1,7 @@
 """Modules that the mixins put into a model."""
 
 from lightning_tricks.layers.adapted import AdaptedLayer, adapted_layers
+from lightning_tricks.layers.bottleneck import Block, Bottlenecks, Fusion
 from lightning_tricks.layers.fast_path import leave_fast_path
 from lightning_tricks.layers.lora_convolution import LoRAConv1d, LoRAConv2d, LoRAEmbedding
 from lightning_tricks.layers.lora_linear import LoRALinear
@@ -10,6 +11,9 @@ from lightning_tricks.layers.targets import Target, find_linears, find_targets
 
 __all__ = [
     "AdaptedLayer",
+    "Block",
+    "Bottlenecks",
+    "Fusion",
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAEmbedding",

@@ -3,15 +3,18 @@
 from lightning_tricks.mixins._footprint import TrainableReport, trainable_report
 from lightning_tricks.mixins.adapter import AdapterMixin
 from lightning_tricks.mixins.bitfit import BitFit
+from lightning_tricks.mixins.bottleneck import AdapterFusion, Bottleneck
 from lightning_tricks.mixins.class_weighted_loss import Balanced, ClassWeightedLossMixin
 from lightning_tricks.mixins.dora import DoRA
 from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA, LoRAMixin
 
 __all__ = [
+    "AdapterFusion",
     "AdapterMixin",
     "Balanced",
     "BitFit",
+    "Bottleneck",
     "ClassWeightedLossMixin",
     "DoRA",
     "IA3",

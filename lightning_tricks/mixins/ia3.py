@@ -30,7 +30,7 @@ class IA3(Method):
 
     Example:
         >>> from lightning_tricks.mixins import IA3
-        >>> IA3(targets=("key", "value"), feedforward=("[0-9].output.dense",)).targets
+        >>> IA3(targets=("key", "value"), feedforward=("*[0-9].output.dense",)).targets
         ('key', 'value')
 
     References:

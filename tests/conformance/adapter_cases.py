@@ -6,7 +6,7 @@ import lightning as L
 import torch
 
 from lightning_tricks.engines import whole
-from lightning_tricks.mixins import IA3, AdapterMixin, BitFit, DoRA, LoRA
+from lightning_tricks.mixins import IA3, AdapterMixin, BitFit, Bottleneck, DoRA, LoRA
 from lightning_tricks.mixins._method import Method
 from tests.conformance.compare import differences
 from tests.conformance.model import Classifier
@@ -16,6 +16,7 @@ METHODS: dict[str, Method] = {
     "DoRA": DoRA(rank=4, alpha=8, targets=("query", "value")),
     "IA3": IA3(targets=("key", "value"), feedforward=("down",)),
     "BitFit": BitFit(targets=("*",)),
+    "Bottleneck": Bottleneck(width=4, targets=("value", "down"), activation="gelu"),
 }
 
 
