@@ -9,13 +9,24 @@ from lightning_tricks.functional.low_rank_linear import low_rank_linear
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
 from lightning_tricks.functional.patterns import is_glob, path_matches
 from lightning_tricks.functional.quantiles import QuantileSketch
+from lightning_tricks.functional.quantization import (
+    NF4,
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    quantize_int8,
+    quantize_nf4,
+)
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
 
 __all__ = [
+    "NF4",
     "NormMoments",
     "QuantileSketch",
     "balanced_weights",
     "clip_coefficient",
+    "dequantize_int4",
+    "dequantize_int8",
     "dora_linear",
     "fingerprint",
     "infer_mode",
@@ -26,6 +37,9 @@ __all__ = [
     "low_rank_update",
     "path_matches",
     "percentile",
+    "quantize_int4",
+    "quantize_int8",
+    "quantize_nf4",
     "rank_scores",
     "remember_norm",
     "same_fingerprint",
