@@ -47,6 +47,7 @@ from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
+from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
 from tests.conformance.gradient_cases import check_clipped_share, check_parts, clipping_by_part, clipping_by_unit
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
@@ -399,6 +400,7 @@ CASES = (
         variant="Predictions",
     ),
     Case("LoRAMixin", lora, check_lora, observe_lora),
+    *(Case("AdapterMixin", row.build, row.check, row.observe, variant=name) for name, row in ADAPTER_ROWS.items()),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
     Case("LossNormalizationMixin", normalization.loss_normalization, normalization.check_loss_normalization),
 )
