@@ -43,8 +43,10 @@ from lightning_tricks.callbacks import (
     Value,
     ZScore,
 )
+from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance import data_cases
 from tests.conformance.compare import differences
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
@@ -64,6 +66,7 @@ class Run:
     callbacks: tuple[L.Callback, ...] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)  # options of the Trainer
     samples: int = 54  # global batches of 8: six whole ones and one of 6
+    loader: Callable[[int, int], TricksDataLoader] | None = None  # of samples and ranks; None: the usual one
     validation_samples: int = 28
 
 
@@ -384,6 +387,8 @@ CASES = (
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
+    Case("LengthBucketSampler", data_cases.length_bucket_sampler, data_cases.check_length_bucket_sampler),
+    Case("ClassBalancedSampler", data_cases.class_balanced_sampler, data_cases.check_class_balanced_sampler),
 )
 
 
