@@ -1,8 +1,18 @@
 """Loaders that resume exactly and read the user's files."""
 
 from lightning_tricks.data.class_balance import ClassBalancedSampler
+from lightning_tricks.data.collating import DynamicPaddingCollator
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.lengths import measure_lengths
 from lightning_tricks.data.loader import TricksDataLoader
+from lightning_tricks.data.packing import PackedDataset, SequencePacker
 
-__all__ = ["ClassBalancedSampler", "LengthBucketSampler", "TricksDataLoader", "measure_lengths"]
+__all__ = [
+    "ClassBalancedSampler",
+    "DynamicPaddingCollator",
+    "LengthBucketSampler",
+    "PackedDataset",
+    "SequencePacker",
+    "TricksDataLoader",
+    "measure_lengths",
+]

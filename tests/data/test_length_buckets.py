@@ -226,9 +226,7 @@ def test_bad_sizes():
         TricksDataLoader(range(4), sampler=LengthBucketSampler([1, 2, 3]))
     with pytest.raises(DataError, match=r"3 sample\(s\) cannot give each of 4 devices"):
         LengthBucketSampler([1, 2, 3]).steps(4, 32)
-    with pytest.raises(
-        DataError, match="5 samples cannot be shared out evenly to 2 devices in batches of"
-    ):
+    with pytest.raises(DataError, match="5 samples cannot be shared out evenly to 2 devices in batches of"):
         LengthBucketSampler([9] * 5, max_tokens=9).steps(2, 9)
 
 
