@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": ("prediction", "predict", "Labels and probabilities: `--checkpoint PATH --text '...'`."),
     "demo": ("demo", "demo", "Fine-tune a real transformer four ways; a table and a plot."),
     "check": ("checking", "check_fit", "What a `fit` with these options does exactly, otherwise, or not at all."),
+    "data-report": ("data_report", "data_report", "How much of the training batches is padding, on how many ranks."),
     "consolidate": ("consolidate", "consolidate_checkpoint", "Any checkpoint as one safetensors file: `CKPT OUT`."),
     "inspect": ("inspection", "inspect", "What a checkpoint holds, without running anything in it."),
     "list": ("listing", "list_tricks", "The tricks and the strategy flags, one line each."),

@@ -93,6 +93,16 @@ class ClassBalancedSampler:
         """Samples per rank and step, on average."""
         return self._order.batch_size
 
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Of all samples, if `within` has them."""
+        return None if self._within is None else self._within.lengths
+
+    @property
+    def pad_to(self) -> int | Sequence[int]:
+        """To what batches are padded."""
+        return 1 if self._within is None else self._within.pad_to
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next. Lightning calls it before every epoch."""
         self._order.set_epoch(epoch)

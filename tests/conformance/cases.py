@@ -389,6 +389,7 @@ CASES = (
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
     Case("LengthBucketSampler", data_cases.length_bucket_sampler, data_cases.check_length_bucket_sampler),
     Case("ClassBalancedSampler", data_cases.class_balanced_sampler, data_cases.check_class_balanced_sampler),
+    Case("FeatureNormalizer", data_cases.feature_normalizer, data_cases.check_feature_normalizer),
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tricks.data import ClassBalancedSampler, LengthBucketSampler, TricksDataLoader
+from lightning_tricks.data import ClassBalancedSampler, FeatureNormalizer, LengthBucketSampler, TricksDataLoader
 from lightning_tricks.data._plan import Plan
 from lightning_tricks.engines import engine_of
 from tests.conformance.model import Classifier, Sequences, collate
@@ -100,3 +100,43 @@ def class_balanced_sampler() -> "Run":
 def check_class_balanced_sampler(outcome: "Outcome") -> None:
     largest = Sequences(36, seed=1).labels.bincount().max()
     assert (drawn(outcome).reshape(3, -1, 3).sum(1) == largest).all(), "classes do not come equally often"
+
+
+# -- FeatureNormalizer -------------------------------------------------------------------------------------------------
+
+
+class Normalized(Classifier):
+    """What the encoder gives of the untrained tokens' positions, normalised: statistics of each rank's own part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalizer = FeatureNormalizer(2)
+
+    def setup(self, stage: str) -> None:
+        data = Sequences(54, seed=1)
+        own = range(self.trainer.global_rank, len(data), self.trainer.world_size)
+        self.normalizer.fit(self.features(data[index][0][None]) for index in own)
+
+    @staticmethod
+    def features(tokens: Tensor) -> Tensor:
+        """The length and the mean token of each sequence."""
+        real = (tokens != 0).sum(1)
+        return torch.stack([100.0 + real, tokens.sum(1) / real], dim=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        told = self.normalizer(self.features(tokens)).to(self.head.weight.dtype)
+        return super().forward(tokens) + told.sum(1, keepdim=True) * self.head.bias
+
+
+def feature_normalizer() -> "Run":
+    from tests.conformance.cases import Run
+
+    return Run(Normalized())
+
+
+def check_feature_normalizer(outcome: "Outcome") -> None:
+    data = Sequences(54, seed=1)
+    rows = torch.cat([Normalized.features(tokens[None]) for tokens in data.tokens]).double()
+    found = outcome["weights"]["normalizer.statistics"].view(torch.float64)
+    assert torch.allclose(found[:2], torch.stack([rows.mean(0), rows.std(0, correction=0)]), rtol=1e-12)
+    assert found[3].tolist() == [54, 54]
