@@ -10,7 +10,7 @@ from lightning_tricks.engines._facts import Bytes, Memory, Precisions
 from lightning_tricks.engines._fsdp2_strategy import FSDP2Strategy
 from lightning_tricks.engines._inspect import CheckpointFacts, inspect_checkpoint
 from lightning_tricks.engines._protocol import Engine
-from lightning_tricks.engines._ranks import ranks
+from lightning_tricks.engines._ranks import gather_over_ranks, ranks
 from lightning_tricks.engines._read import read_checkpoint
 from lightning_tricks.engines._report import Finding, Report
 from lightning_tricks.engines._rules import rival
@@ -52,6 +52,7 @@ __all__ = [
     "check_before_fit",
     "consolidate",
     "engine_of",
+    "gather_over_ranks",
     "inspect_checkpoint",
     "is_aside",
     "newest_of",

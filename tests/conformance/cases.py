@@ -43,8 +43,10 @@ from lightning_tricks.callbacks import (
     Value,
     ZScore,
 )
+from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance import data_cases
 from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
 from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
@@ -68,6 +70,7 @@ class Run:
     callbacks: tuple[L.Callback, ...] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)  # options of the Trainer
     samples: int = 54  # global batches of 8: six whole ones and one of 6
+    loader: Callable[[int, int], TricksDataLoader] | None = None  # of samples and ranks; None: the usual one
     validation_samples: int = 28
 
 
@@ -403,6 +406,9 @@ CASES = (
     *(Case("AdapterMixin", row.build, row.check, row.observe, variant=name) for name, row in ADAPTER_ROWS.items()),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
     Case("LossNormalizationMixin", normalization.loss_normalization, normalization.check_loss_normalization),
+    Case("LengthBucketSampler", data_cases.length_bucket_sampler, data_cases.check_length_bucket_sampler),
+    Case("ClassBalancedSampler", data_cases.class_balanced_sampler, data_cases.check_class_balanced_sampler),
+    Case("FeatureNormalizer", data_cases.feature_normalizer, data_cases.check_feature_normalizer),
 )
 
 
