@@ -1,24 +1,40 @@
 """Callbacks: thin Lightning hooks, one trick a file."""
 
 from lightning_tricks.callbacks._clipping_policies import ClippingPolicy, FixedNorm, Percentile, Value, ZScore
+from lightning_tricks.callbacks._learning_rate_policies import (
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    LearningRatePolicy,
+    Linear,
+    WarmupStableDecay,
+)
 from lightning_tricks.callbacks._norm_series import Suggestion
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble, TopK
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import GradientClipping
 from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
+from lightning_tricks.callbacks.learning_rate_schedule import LearningRateSchedule
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
 
 __all__ = [
     "CheckpointEnsemble",
     "ClippingPolicy",
+    "Constant",
+    "Cosine",
     "EarlyStopping",
     "FixedNorm",
     "GradientClipping",
     "GradientNormMonitor",
+    "InverseSquareRoot",
+    "LearningRatePolicy",
+    "LearningRateSchedule",
+    "Linear",
     "NonFiniteGuard",
     "Percentile",
     "Suggestion",
     "TopK",
     "Value",
+    "WarmupStableDecay",
     "ZScore",
 ]

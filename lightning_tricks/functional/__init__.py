@@ -3,6 +3,13 @@
 from lightning_tricks.functional.class_weights import balanced_weights, weighted_cross_entropy_sums
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient
+from lightning_tricks.functional.learning_rates import (
+    cosine_decay,
+    inverse_square_root,
+    linear_decay,
+    linear_warmup,
+    stable_decay,
+)
 from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.loss_sums import per_maximum_length, per_sequence, per_token
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
@@ -15,10 +22,14 @@ __all__ = [
     "QuantileSketch",
     "balanced_weights",
     "clip_coefficient",
+    "cosine_decay",
     "fingerprint",
     "infer_mode",
+    "inverse_square_root",
     "is_glob",
     "is_improvement",
+    "linear_decay",
+    "linear_warmup",
     "low_rank_update",
     "path_matches",
     "per_maximum_length",
@@ -28,6 +39,7 @@ __all__ = [
     "rank_scores",
     "remember_norm",
     "same_fingerprint",
+    "stable_decay",
     "weighted_cross_entropy_sums",
     "zscore_limit",
 ]

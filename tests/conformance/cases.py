@@ -46,6 +46,7 @@ from lightning_tricks.callbacks import (
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance import normalization_cases as normalization
+from tests.conformance import schedule_cases as schedule
 from tests.conformance.compare import differences
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
@@ -382,6 +383,7 @@ CASES = (
     ),
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
+    Case("LearningRateSchedule", schedule.learning_rate_schedule, schedule.check_learning_rate_schedule),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
