@@ -15,7 +15,7 @@ from lightning_tricks.engines._read import read_checkpoint
 from lightning_tricks.engines._report import Finding, Report
 from lightning_tricks.engines._rules import rival
 from lightning_tricks.engines._saving import save_safely
-from lightning_tricks.engines._schedules import HeldSchedules
+from lightning_tricks.engines._schedules import HeldSchedules, add_schedule
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._shards import Shard
 from lightning_tricks.engines._stored import Stored, open_checkpoint, write_checkpoint
@@ -44,6 +44,7 @@ __all__ = [
     "Trick",
     "Whole",
     "ZeroStrategy",
+    "add_schedule",
     "allow_hyper_parameters",
     "aside",
     "average_stored",

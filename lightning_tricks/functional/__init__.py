@@ -17,6 +17,13 @@ from lightning_tricks.functional.dora_linear import dora_linear, low_rank_row_no
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient, unit_coefficients
 from lightning_tricks.functional.greedy_selection import Selection, greedy_selection
+from lightning_tricks.functional.learning_rates import (
+    cosine_decay,
+    inverse_square_root,
+    linear_decay,
+    linear_warmup,
+    stable_decay,
+)
 from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.loss_sums import per_maximum_length, per_sequence, per_token
 from lightning_tricks.functional.low_rank_linear import low_rank_linear
@@ -43,6 +50,7 @@ __all__ = [
     "checked_weights",
     "class_loss_sums",
     "clip_coefficient",
+    "cosine_decay",
     "cosine_restarts",
     "cycle_ends",
     "dequantize_int4",
@@ -52,9 +60,12 @@ __all__ = [
     "fingerprint",
     "greedy_selection",
     "infer_mode",
+    "inverse_square_root",
     "inverse_square_root_weights",
     "is_glob",
     "is_improvement",
+    "linear_decay",
+    "linear_warmup",
     "log_prior",
     "low_rank_linear",
     "low_rank_row_norms",
@@ -70,6 +81,7 @@ __all__ = [
     "rank_scores",
     "remember_norm",
     "same_fingerprint",
+    "stable_decay",
     "two_class_logits",
     "unit_coefficients",
     "weighted_cross_entropy_sums",

@@ -49,6 +49,7 @@ from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance import data_cases
 from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
+from tests.conformance import schedule_cases as schedule
 from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
 from tests.conformance.gradient_cases import check_clipped_share, check_parts, clipping_by_part, clipping_by_unit
@@ -386,6 +387,7 @@ CASES = (
     Case("GradientClipping", clipping_by_part, check_parts, variant="parts"),
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
+    Case("LearningRateSchedule", schedule.learning_rate_schedule, schedule.check_learning_rate_schedule),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("CheckpointEnsemble", ensembles.cyclic, ensembles.check_cyclic, ensembles.observe_cyclic, variant="Cyclic"),
     Case(
