@@ -221,7 +221,7 @@ def check_spikes(outcome: Outcome) -> None:
 
 def gradient_norm_monitor() -> Run:
     """Behind clipping in the list, whose gradients it must not see clipped."""
-    monitor = GradientNormMonitor(groups={"encoder": "encoder", "head": "head"})
+    monitor = GradientNormMonitor(groups={"encoder": "encoder", "head": "head"}, update_ratio_every=2)
     return Run(Descent(), (GradientClipping(LIMIT), monitor), trainer={"accumulate_grad_batches": 2})
 
 
@@ -241,6 +241,9 @@ def check_gradient_norm_monitor(outcome: Outcome) -> None:
     assert facts["clipped"] == logged["grad_norm/clipped"]["values"].sum()
     assert abs(logged["grad_norm/clipped_share"]["values"][-1] - facts["clipped"] / 12) < 1e-6
     assert torch.allclose(facts["norms"].double(), total, rtol=1e-6)
+    ratios = logged["update_ratio/total"]["values"]
+    assert len(ratios) == 6
+    assert ((ratios > 1e-3) & (ratios < 0.1)).all(), ratios
 
 
 # -- NonFiniteGuard ----------------------------------------------------------------------------------------------------
