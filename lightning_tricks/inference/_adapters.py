@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_tricks.engines import Stored, Whole
 from lightning_tricks.errors import CheckpointError
 from lightning_tricks.functional import fingerprint, same_fingerprint
-from lightning_tricks.layers import LoRALinear
+from lightning_tricks.layers import LoRALinear, LowRank
 
 __all__ = ["AdapterMerger"]
 
@@ -68,7 +68,7 @@ class AdapterMerger:
 
     def _merged(self, stored: Stored, prefix: str, base: dict[str, nn.Parameter]) -> dict[str, Whole]:
         layer = self._layer(stored, prefix)
-        scale, name = layer.lora_alpha / layer.lora_rank, f"{prefix}.weight"
+        scale, name = layer.adapters["default"].scale, f"{prefix}.weight"
         shapes = [whole.shape for part in (_DOWN, _UP) if (whole := stored.weights.get(prefix + part))]
         if shapes != [tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)]:
             raise CheckpointError(
@@ -98,13 +98,26 @@ class AdapterMerger:
                 f"{stored.path} holds `{prefix}{_DOWN}`, and `{prefix}` in `module` is"
                 f" {'absent' if layer is None else 'a ' + type(layer).__name__}: build it as the members were trained."
             )
+        options = layer.adapters.get("default")
+        if options is None or len(layer.adapters) > 1 or not _is_plain(options):
+            raise CheckpointError(
+                f"{stored.path}: `{prefix}` holds more than one plain low-rank adapter (several, DoRA, PiSSA, or"
+                " slices), of which no mean is made: merge each member with `merge_adapters()` first, and average the"
+                " merged weights."
+            )
+        self._compare(stored, prefix, options)
+        return layer
+
+    def _compare(self, stored: Stored, prefix: str, here: LowRank) -> None:
         recorded = _recorded(stored, prefix)
-        if recorded and not math.isclose(recorded["alpha"] / recorded["rank"], layer.lora_alpha / layer.lora_rank):
+        if not recorded:
+            return
+        root = math.sqrt if recorded.get("rslora") else float
+        if not math.isclose(recorded["alpha"] / root(recorded["rank"]), here.scale):
             raise CheckpointError(
                 f"{stored.path}: `{prefix}` was trained with alpha={recorded['alpha']:g} and rank={recorded['rank']},"
-                f" and `module` has alpha={layer.lora_alpha:g}: build it as the members were trained."
+                f" and `module` has alpha={here.alpha:g}: build it as the members were trained."
             )
-        return layer
 
     def _verify(self, stored: Stored, base: dict[str, nn.Parameter]) -> None:
         """Refuse a member that was trained beside other frozen weights than the module's."""
@@ -121,8 +134,14 @@ class AdapterMerger:
                 )
 
 
+def _is_plain(options: LowRank) -> bool:
+    return not (options.decomposed or options.slices or options.init == "pissa")
+
+
 def _recorded(stored: Stored, prefix: str) -> Any:
     """The options of the innermost adapted module around a layer."""
-    adapted = (stored.rest.get("lightning_tricks") or {}).get("lora") or {}
+    record = stored.rest.get("lightning_tricks") or {}
+    adapted = {name: adapters.get("default") for name, adapters in (record.get("adapters") or {}).items()}
+    adapted = adapted or (record.get("lora") or {})  # as it was once
     around = [name for name in adapted if not name or prefix == name or prefix.startswith(f"{name}.")]
     return adapted[max(around, key=len)] if around else None
