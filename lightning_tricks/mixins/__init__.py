@@ -8,6 +8,7 @@ from lightning_tricks.mixins.class_weighted_loss import Balanced, ClassWeightedL
 from lightning_tricks.mixins.dora import DoRA
 from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA, LoRAMixin
+from lightning_tricks.mixins.prompts import PrefixTuning, PromptTuning
 
 __all__ = [
     "AdapterFusion",
@@ -20,6 +21,8 @@ __all__ = [
     "IA3",
     "LoRA",
     "LoRAMixin",
+    "PrefixTuning",
+    "PromptTuning",
     "TrainableReport",
     "trainable_report",
 ]
