@@ -118,7 +118,8 @@ def test_show_prints_the_entry(capsys, name):
 def test_what_is_shown_of_a_mixin_runs(name):
     scope = {}
     exec(entries()[name].text, scope)
-    assert name in {base.__name__ for base in scope["Classifier"]().__class__.__mro__}
+    built = [value() for value in scope.values() if name in {base.__name__ for base in getattr(value, "__mro__", ())[1:]}]
+    assert built, "the example subclasses something else"
 
 
 def test_show_suggests_the_nearest(refused):
