@@ -1,6 +1,7 @@
 """What a ZeRO optimizer does with its gradients in the coming step: read before it, and steered within it."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,28 +9,9 @@ from torch import Tensor
 
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
+from lightning_tricks.engines._zero_parts import Edit, Part, paired, parts, piece
 
-__all__ = ["PRIVATE", "StepGradients"]
-
-PRIVATE = {
-    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
-        "_update_scale",
-        "get_param_id",
-        "scaled_global_norm",
-        "unscale_and_clip_grads",
-        "update_lp_params",
-    ),
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
-        "_get_norm_groups",
-        "_partition_all_parameters",
-        "_reassign_or_swap_out_partitioned_parameters",
-        "_update_scale",
-        "get_param_id",
-        "invalidate_secondary_tensor",
-        "unscale_and_clip_grads",
-    ),
-    "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": ("partition_all_parameters",),
-}
+__all__ = ["StepGradients"]
 
 
 _SCALE = ("custom_loss_scaler", "external_loss_scale")  # attributes: a scale that overrules the optimizer's own
@@ -59,11 +41,12 @@ class StepGradients:
         for name in _SCALE:
             _private(self._optimizer, name)
         setattr(self._optimizer, method, self._within_step)
-        self._optimizer.unscale_and_clip_grads = self._unscale_by_factor
+        self._optimizer.unscale_and_clip_grads = self._unscaled
         self._optimizer._update_scale = self._after_norm
         self._known: tuple[int, Any] = (-1, None)
         self._limit: tuple[int, float] = (-1, 0.0)
         self._factor: tuple[int, float] = (-1, 1.0)
+        self._edits: tuple[int, list[Edit]] = (-1, [])
         self._vetoed = -1
         self._restore: dict[str, Any] | None = None
 
@@ -76,7 +59,7 @@ class StepGradients:
 
             result = combine_grad_norm_groups(result)
         scaled = torch.as_tensor(result).float().reshape(())
-        return torch.where(scaled < 0, torch.nan, scaled) / self._divisor()
+        return torch.where(scaled < 0, torch.nan, scaled) / self.divisor()
 
     def group_norms(self, groups: list[list[Tensor]], device: torch.device) -> Tensor:
         """The unscaled norm of each group of parameters, in one reduction."""
@@ -84,7 +67,7 @@ class StepGradients:
         found = [[parts[id(parameter)] for parameter in group if id(parameter) in parts] for group in groups]
         none = torch.zeros((), dtype=torch.float64, device=device)
         squares = [torch.stack(group).double().square().sum().to(device) if group else none for group in found]
-        return (sum_over_ranks(torch.stack(squares), device).sqrt() / self._divisor()).float()
+        return (sum_over_ranks(torch.stack(squares), device).sqrt() / self.divisor()).float()
 
     def _local_norms(self) -> dict[int, Tensor]:
         """id(parameter) -> the scaled norm of the part of its gradient that this rank holds."""
@@ -95,12 +78,31 @@ class StepGradients:
             keys = {id(parameter): optimizer.get_param_id(parameter) for group in held for parameter in group}
             return {own: torch.as_tensor(known[key]).float() for own, key in keys.items() if key in known}
         pairs = [
-            pair for index, group in enumerate(held) for pair in _paired(group, optimizer.averaged_gradients[index])
+            pair for index, group in enumerate(held) for pair in paired(group, optimizer.averaged_gradients[index])
         ]
         if not pairs:
             return {}
         norms = torch._foreach_norm([gradient for _, gradient in pairs], 2, dtype=torch.float32)
         return {id(parameter): norm for (parameter, _), norm in zip(pairs, norms, strict=True)}
+
+    def parts(self) -> list[Part]:
+        """This rank's stretches of the gradients."""
+        return parts(self._optimizer, self._stage)
+
+    def edit(self, edit: Edit) -> None:
+        """Let the coming step, and only that one, change each flat piece of unscaled fp32 gradients in place."""
+        step = self.engine.global_steps
+        self._edits = (step, [*(self._edits[1] if self._edits[0] == step else []), edit])
+
+    def _unscaled(self, gradients: Any, total_norm: Any) -> None:
+        """DeepSpeed's last act before it steps a piece; stage 3 names its number, the others give the piece itself."""
+        with self._divided():
+            self._unscale(gradients, total_norm)
+        step, edits = self._edits
+        if step == self.engine.global_steps:
+            index, flat = piece(self._optimizer, self._stage, gradients)
+            for edit in edits:
+                edit(index, flat)
 
     def clip(self, limit: float) -> None:
         """Let the coming step clip at `limit`, and only that one."""
@@ -113,17 +115,17 @@ class StepGradients:
     def _present_factor(self) -> float:
         return self._factor[1] if self._factor[0] == self.engine.global_steps else 1.0
 
-    def _divisor(self) -> float:
+    def divisor(self) -> float:
         """What the gradients held are divided by in the coming step."""
         return float(self._optimizer.loss_scale) / self._present_factor()
 
-    def _unscale_by_factor(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def _divided(self) -> Iterator[None]:
         """The step divides its fp32 gradients by the loss scale, and clips: it is given one that holds the factor."""
         kept = {name: getattr(self._optimizer, name) for name in _SCALE}
-        divisor = self._divisor()
-        self._optimizer.custom_loss_scaler, self._optimizer.external_loss_scale = True, divisor
+        self._optimizer.custom_loss_scaler, self._optimizer.external_loss_scale = True, self.divisor()
         try:
-            return self._unscale(*args, **kwargs)
+            yield
         finally:
             for name, value in kept.items():
                 setattr(self._optimizer, name, value)
@@ -156,12 +158,6 @@ class StepGradients:
         for name, value in self._restore.items():
             setattr(self._optimizer, name, value)
         self._restore = None
-
-
-def _paired(parameters: list[Any], gradients: list[Any]) -> Iterator[tuple[Any, Tensor]]:
-    """Parameters with their gradients; DeepSpeed puts zeros between them, which it marks, and after them."""
-    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
-    return zip(parameters, real, strict=False)
 
 
 def _private(optimizer: Any, name: str) -> Any:

@@ -106,6 +106,15 @@ def window_as_if_it_had_not_been(engine: str, folder: str, kind: str, precision:
     same_in_every_bit(found, expected)
 
 
+def one_batch_in_a_thousand(engine: str, folder: str) -> None:
+    """A NaN on the last rank in one batch of a thousand: the weights of a fit whose data lack that batch."""
+    run, guard = Run(engine, Path(folder)), NonFiniteGuard(max_skips=1)
+    found = train(run, Spoilt(bad=(617,), batches=1000), guard)
+    assert guard.skipped_steps == 1
+    assert found.global_step == 1000
+    same_in_every_bit(found, train(run, Spoilt(left_out=(617,), batches=1000)))
+
+
 def stops(engine: str, folder: str) -> None:
     """C4: an error on every rank that names the batches and the rank, and no step; the files hold them."""
     run, bad = Run(engine, Path(folder)), ranks()[1] - 1
