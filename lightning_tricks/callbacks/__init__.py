@@ -13,6 +13,7 @@ from lightning_tricks.callbacks._learning_rate_policies import (
 )
 from lightning_tricks.callbacks._member_policies import Cyclic, Every, LastK, MemberPolicy, TopK
 from lightning_tricks.callbacks._norm_series import Suggestion
+from lightning_tricks.callbacks.batch_size_accumulation import BatchSizeAccumulation
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import GradientClipping
@@ -21,6 +22,7 @@ from lightning_tricks.callbacks.learning_rate_schedule import LearningRateSchedu
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
 
 __all__ = [
+    "BatchSizeAccumulation",
     "CheckpointEnsemble",
     "ClippingPolicy",
     "CombinePolicy",
