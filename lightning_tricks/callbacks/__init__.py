@@ -8,6 +8,7 @@ from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import GradientClipping
 from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
+from lightning_tricks.callbacks.spike_recovery import SpikeRecovery
 
 __all__ = [
     "CheckpointEnsemble",
@@ -19,6 +20,7 @@ __all__ = [
     "GradientPolicy",
     "NonFiniteGuard",
     "Percentile",
+    "SpikeRecovery",
     "Suggestion",
     "TopK",
     "UnitwiseAdaptive",

@@ -15,6 +15,7 @@ from lightning_tricks.engines._rules import rival
 from lightning_tricks.engines._saving import save_safely
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._shards import Shard
+from lightning_tricks.engines._snapshot import Snapshot
 from lightning_tricks.engines._tricks import InUse, Rule, Situation, Trick
 from lightning_tricks.engines._whole import whole
 from lightning_tricks.engines._zero_strategy import ZeroStrategy
@@ -34,6 +35,7 @@ __all__ = [
     "Rule",
     "Shard",
     "Situation",
+    "Snapshot",
     "Trick",
     "ZeroStrategy",
     "allow_hyper_parameters",

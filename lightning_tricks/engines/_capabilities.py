@@ -12,7 +12,7 @@ _ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*_TORCH, *_ZERO)
 _EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradients")
 _NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "veto_step")
-_SHARDS = ("load_shards", "named_shards", "put_shards", "save_shards")
+_SHARDS = ("capture_state", "load_shards", "named_shards", "put_shards", "restore_state", "save_shards")
 _WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
 _ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
 
@@ -294,6 +294,20 @@ _METHODS = {
         "every tensor whole",
         "each rank reads its rows",
         "each rank reads its stretches",
+    ),
+    "capture_state": (
+        "between steps",
+        "no",
+        "copies, on the device that holds them",
+        "copies of this rank's parts",
+        "copies of this rank's parts, those on the host there",
+    ),
+    "restore_state": (
+        "between steps",
+        "yes",
+        "copies back",
+        "writes this rank's parts",
+        "writes masters and moments; low-precision copies are refreshed",
     ),
     "sum_over_ranks": ("once training runs", "yes", "a sum", "a sum", "a sum"),
     "broadcast": ("once training runs", "yes", "rank 0's value, or another's", "the same", "the same"),

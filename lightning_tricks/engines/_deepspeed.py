@@ -170,6 +170,10 @@ class DeepSpeedEngine(BaseEngine):
             if training:
                 optimizer.invalidate_secondary_tensor()
 
+    def _steppers(self) -> list[Optimizer]:
+        """The one that ZeRO's own drives, on flat pieces of the masters."""
+        return [self._live.optimizer.optimizer]
+
     # -- what it holds -----------------------------------------------------------------------------------------
 
     def _is_set_up(self) -> bool:

@@ -7,6 +7,7 @@ from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
 from lightning_tricks.functional.patterns import is_glob, path_matches
 from lightning_tricks.functional.quantiles import QuantileSketch
+from lightning_tricks.functional.robust import robust_zscore
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "percentile",
     "rank_scores",
     "remember_norm",
+    "robust_zscore",
     "same_fingerprint",
     "unit_coefficients",
     "weighted_cross_entropy_sums",
