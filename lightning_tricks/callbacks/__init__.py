@@ -1,29 +1,56 @@
 """Callbacks: thin Lightning hooks, one trick a file."""
 
 from lightning_tricks.callbacks._clipping_policies import ClippingPolicy, FixedNorm, Percentile, ZScore
+from lightning_tricks.callbacks._combine_policies import CombinePolicy, GreedySoup, Predictions, Uniform, Weighted
 from lightning_tricks.callbacks._gradient_policies import GradientPolicy, UnitwiseAdaptive, Value
+from lightning_tricks.callbacks._learning_rate_policies import (
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    LearningRatePolicy,
+    Linear,
+    WarmupStableDecay,
+)
+from lightning_tricks.callbacks._member_policies import Cyclic, Every, LastK, MemberPolicy, TopK
 from lightning_tricks.callbacks._norm_series import Suggestion
-from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble, TopK
+from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import GradientClipping
 from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
+from lightning_tricks.callbacks.learning_rate_schedule import LearningRateSchedule
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
 from lightning_tricks.callbacks.spike_recovery import SpikeRecovery
 
 __all__ = [
     "CheckpointEnsemble",
     "ClippingPolicy",
+    "CombinePolicy",
+    "Constant",
+    "Cosine",
+    "Cyclic",
     "EarlyStopping",
+    "Every",
     "FixedNorm",
     "GradientClipping",
     "GradientNormMonitor",
     "GradientPolicy",
+    "GreedySoup",
+    "InverseSquareRoot",
+    "LastK",
+    "LearningRatePolicy",
+    "LearningRateSchedule",
+    "Linear",
+    "MemberPolicy",
     "NonFiniteGuard",
     "Percentile",
+    "Predictions",
     "SpikeRecovery",
     "Suggestion",
     "TopK",
+    "Uniform",
     "UnitwiseAdaptive",
     "Value",
+    "WarmupStableDecay",
+    "Weighted",
     "ZScore",
 ]

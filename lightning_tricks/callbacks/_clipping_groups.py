@@ -86,7 +86,7 @@ class ClippedGroups:
             limit = self.policies[part].limit(own)  # type: ignore[union-attr]
             factors[part] = clip_coefficient(own, limit)
             logged |= {part: own, f"limit/{part}": _on_device(limit, own), f"clipped/{part}": _is_clipped(own, limit)}
-        engine.scale_gradients(optimizer, factors, self._norms)
+        engine.scale_gradient_groups(optimizer, factors, self._norms)
         for part, members in self._members.items():
             policy = self.policies[part]
             if isinstance(policy, GradientPolicy):

@@ -125,6 +125,6 @@ def _needs(policy: Any) -> tuple[str, ...]:
     """The methods of the engine that it is checked by before a fit."""
     if isinstance(policy, dict):
         needs = {need for each in policy.values() for need in _needs(each) if need != "clip_gradient_norm"}
-        return tuple(sorted({*needs, "gradient_norms", "scale_gradients"}))
+        return tuple(sorted({*needs, "gradient_norms", "scale_gradient_groups"}))
     own = getattr(policy, "needs", ()) if isinstance(policy, GradientPolicy) else ("clip_gradient_norm",)
     return ("gradient_norm", *own)

@@ -1,5 +1,6 @@
 """What all engines share about gradients: the claim on clipping, one norm a step, a veto once a step."""
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -105,19 +106,29 @@ class BaseEngine(LiveEngine, ABC):
         self.gradient_norm(optimizer)
         return self._clip_units(optimizer, self._named(names), Limits(ratio, floor))
 
-    def scale_gradients(
+    def scale_gradient_groups(
         self, optimizer: Optimizer, factors: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]
     ) -> None:
         """Multiply the gradients of each group."""
         self.gradient_norm(optimizer)
         members = dict(zip(groups, self._members(groups), strict=True))
-        self._scale(optimizer, [(members[group], factor) for group, factor in factors.items()])
+        self._scale_groups(optimizer, [(members[group], factor) for group, factor in factors.items()])
 
     def _named(self, names: Sequence[str] | None) -> list[Tensor]:
         """The parameters of these names, or all that are trained; each once."""
         if names is not None:
             return self._members({"": names})[0]
         return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+
+    def scale_gradients(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply this step's gradients, and the norm if it is known already."""
+        _refuse_closures(optimizer)
+        if not 0 < factor < math.inf:
+            raise MisconfigurationError(f"`factor` must be a finite number above 0, got {factor}.")
+        known, norm = self._norms.get(optimizer, (-1, None))
+        if norm is not None and known == self._trainer.global_step:
+            self._norms[optimizer] = (known, norm * factor)
+        self._scale(optimizer, factor)
 
     def veto_step(self, optimizer: Optimizer) -> None:
         """Drop this step, once, on all ranks."""
@@ -172,7 +183,10 @@ class BaseEngine(LiveEngine, ABC):
     def _clip_units(self, optimizer: Optimizer, parameters: list[Tensor], limits: Limits) -> Tensor: ...
 
     @abstractmethod
-    def _scale(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None: ...
+    def _scale_groups(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None: ...
+
+    @abstractmethod
+    def _scale(self, optimizer: Optimizer, factor: float) -> None: ...
 
     @abstractmethod
     def _veto(self, optimizer: Optimizer) -> None: ...

@@ -10,8 +10,8 @@ __all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capa
 _TORCH = ("one_device", "ddp", "fsdp2", "fsdp1")
 _ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*_TORCH, *_ZERO)
-_EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradients")
-_NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "veto_step")
+_EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradient_groups")
+_NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "scale_gradients", "veto_step")
 _SHARDS = ("capture_state", "load_shards", "named_shards", "put_shards", "restore_state", "save_shards")
 _WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
 _ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
@@ -217,12 +217,19 @@ _METHODS = {
         "shards' squares summed in fp64, in one reduction",
         "squares summed likewise; scales the fp32 gradients within the step",
     ),
-    "scale_gradients": (
+    "scale_gradient_groups": (
         "before a step",
         "all ranks alike",
         "in place",
         "shards in place",
         "the fp32 gradients, within the step",
+    ),
+    "scale_gradients": (
+        "before a step",
+        "yes",
+        "multiplies gradients in place",
+        "multiplies shards in place",
+        "multiplies the fp32 gradients within the step, before it clips",
     ),
     "veto_step": (
         "before a step",

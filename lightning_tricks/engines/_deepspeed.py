@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO 1-3: fp32 masters in flat pieces, and a norm that is read before the step that uses it.
 
-DeepSpeed's private attributes are touched here and in the files `_zero_*.py` only; those of its optimizers are listed
-in `_zero_step.PRIVATE` and `_zero_manual.PRIVATE`, which a test compares with the DeepSpeed installed.
+DeepSpeed's private attributes are touched here and in the files `_zero_*.py` only; `_zero_private.py` lists them all.
 """
 
 import math
@@ -22,11 +21,11 @@ from lightning_tricks.engines._gradients import exceeds
 from lightning_tricks.engines._live import Held, elements
 from lightning_tricks.engines._units import Limits, Stretch, Units, share
 from lightning_tricks.engines._zero_parts import Part
-from lightning_tricks.engines._zero_step import PRIVATE, StepGradients
+from lightning_tricks.engines._zero_step import StepGradients
 from lightning_tricks.errors import UnsupportedError
 from lightning_tricks.storage import WeightsFile
 
-__all__ = ["PRIVATE", "DeepSpeedEngine", "full_value"]
+__all__ = ["DeepSpeedEngine", "full_value"]
 
 
 class DeepSpeedEngine(BaseEngine):
@@ -59,7 +58,7 @@ class DeepSpeedEngine(BaseEngine):
     def _clip_values(self, optimizer: Optimizer, parameters: list[Tensor], limit: float) -> Tensor:
         gradients = self._step_gradients()
         chosen = _parts_of(gradients, parameters)
-        outside = exceeds([part.gradient for part in chosen], limit * gradients.loss_scale(), self._device)
+        outside = exceeds([part.gradient for part in chosen], limit * gradients.divisor(), self._device)
         gradients.edit(lambda index, flat: _each(chosen, index, flat, lambda _, own: own.clamp_(-limit, limit)))
         return (self.sum_over_ranks(outside) > 0).float()
 
@@ -72,7 +71,7 @@ class DeepSpeedEngine(BaseEngine):
         for part in chosen:
             number = numbers[id(part.parameter)]
             stretches[number] = Stretch(part.weight, part.gradient, part.start, stretches[number].shape)
-        units = Units(stretches, limits, self._device, self.sum_over_ranks, gradients.loss_scale())
+        units = Units(stretches, limits, self._device, self.sum_over_ranks, gradients.divisor())
         gradients.edit(
             lambda index, flat: _each(
                 chosen, index, flat, lambda part, own: units.scale(numbers[id(part.parameter)], own, part.start)
@@ -80,13 +79,16 @@ class DeepSpeedEngine(BaseEngine):
         )
         return share([(units.clipped, units.count)], self._device)
 
-    def _scale(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None:
+    def _scale_groups(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None:
         gradients = self._step_gradients()
         for parameters, factor in groups:
             self._scale_group(gradients, _parts_of(gradients, parameters), factor)
 
     def _scale_group(self, gradients: StepGradients, chosen: list[Part], factor: Tensor) -> None:
         gradients.edit(lambda index, flat: _each(chosen, index, flat, lambda _, own: own.mul_(factor.to(own.device))))
+
+    def _scale(self, optimizer: Optimizer, factor: float) -> None:
+        self._step_gradients().scale(factor)
 
     def _veto(self, optimizer: Optimizer) -> None:
         self._step_gradients().veto()

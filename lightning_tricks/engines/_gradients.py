@@ -15,7 +15,7 @@ __all__ = [
     "global_norm",
     "gradients_of",
     "group_norms",
-    "scale",
+    "multiply",
     "scale_to_norm",
     "sum_over_shards",
 ]
@@ -60,14 +60,22 @@ def group_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Ten
 
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, limit: float | Tensor) -> None:
     """Scale gradients in place by `min(1, limit / norm)`; by 1 if the norm is not finite."""
-    scale(gradients, clip_coefficient(norm, limit).to(norm.dtype))
+    multiply(gradients, clip_coefficient(norm, limit).to(norm.dtype))
 
 
-def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply gradients in place by a factor without dimensions."""
+def multiply(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Scale gradients in place.
+
+    Example:
+        >>> gradients = [torch.tensor([0.5, -3.0]), torch.empty(0)]
+        >>> multiply(gradients, 2.0)
+        >>> gradients[0]
+        tensor([ 1., -6.])
+    """
     parts = [_local(gradient) for gradient in gradients]
     if dense := [part for part in parts if not part.is_sparse]:
-        torch._foreach_mul_(dense, factor.to(dense[0].device))  # offloaded gradients lie on the host
+        near = factor.to(dense[0].device) if isinstance(factor, Tensor) else factor  # offloaded ones lie on the host
+        torch._foreach_mul_(dense, near)
     for part in parts:
         if part.is_sparse:
             part.mul_(factor)

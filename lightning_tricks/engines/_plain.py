@@ -11,7 +11,7 @@ from lightning_tricks.engines._gradients import (
     global_norm,
     gradients_of,
     group_norms,
-    scale,
+    multiply,
     scale_to_norm,
 )
 from lightning_tricks.engines._steps import watch_steps
@@ -51,14 +51,18 @@ class PlainEngine(BaseEngine):
     def _clip_own_units(self, parameters: list[Tensor], limits: Limits) -> list[tuple[Tensor, int]]:
         return [clip_whole_units(parameters, limits, self._device)]
 
-    def _scale(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None:
+    def _scale_groups(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None:
         for parameters, factor in groups:
-            scale(self._gradients_of(optimizer, parameters), factor)
+            multiply(self._gradients_of(optimizer, parameters), factor)
 
     def _gradients_of(self, optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
         """The gradients of those parameters that the optimizer trains."""
         own = _trained_by(optimizer, parameters)
         return [parameter.grad for parameter in own if parameter.grad is not None]
+
+    def _scale(self, optimizer: Optimizer, factor: float) -> None:
+        self._refuse_scaled_gradients(optimizer)
+        multiply(gradients_of(optimizer), factor)
 
     def _veto(self, optimizer: Optimizer) -> None:
         """Without a gradient, an optimizer leaves a parameter, its moments and its step count alone."""

@@ -123,7 +123,7 @@ class Engine(Protocol):
             MisconfigurationError: if a name is no parameter of the module.
         """
 
-    def scale_gradients(
+    def scale_gradient_groups(
         self, optimizer: Optimizer, factors: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]
     ) -> None:
         """Multiply the gradients of groups of parameters, each by its factor.
@@ -139,6 +139,19 @@ class Engine(Protocol):
 
         Raises:
             MisconfigurationError: if a name is no parameter of the module.
+        """
+
+    def scale_gradients(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply this step's gradients by `factor`, on all ranks alike. Norms and clipping go by the product.
+
+        For what is known only once a window is complete, such as how many tokens it held. Twice in a step multiplies.
+
+        Live, inside `on_before_optimizer_step` of a real step, before anything is clipped in it. Collective: the same
+        factor on every rank. Costs one pass over this rank's gradients, which ZeRO does in
+        fp32 within its step.
+
+        Raises:
+            MisconfigurationError: if `factor` is not a finite number above 0.
         """
 
     def veto_step(self, optimizer: Optimizer) -> None:

@@ -43,8 +43,14 @@ from lightning_tricks.callbacks import (
     Value,
     ZScore,
 )
+from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance import data_cases
+from tests.conformance import ensemble_cases as ensembles
+from tests.conformance import normalization_cases as normalization
+from tests.conformance import schedule_cases as schedule
+from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
 from tests.conformance.gradient_cases import check_clipped_share, check_parts, clipping_by_part, clipping_by_unit
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
@@ -65,6 +71,7 @@ class Run:
     callbacks: tuple[L.Callback, ...] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)  # options of the Trainer
     samples: int = 54  # global batches of 8: six whole ones and one of 6
+    loader: Callable[[int, int], TricksDataLoader] | None = None  # of samples and ranks; None: the usual one
     validation_samples: int = 28
 
 
@@ -383,9 +390,30 @@ CASES = (
     Case("GradientClipping", clipping_by_part, check_parts, variant="parts"),
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
+    Case("LearningRateSchedule", schedule.learning_rate_schedule, schedule.check_learning_rate_schedule),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
+    Case("CheckpointEnsemble", ensembles.cyclic, ensembles.check_cyclic, ensembles.observe_cyclic, variant="Cyclic"),
+    Case(
+        "CheckpointEnsemble",
+        ensembles.greedy_soup,
+        ensembles.check_greedy_soup,
+        ensembles.observe_greedy_soup,
+        variant="GreedySoup",
+    ),
+    Case(
+        "CheckpointEnsemble",
+        ensembles.predictions,
+        ensembles.check_predictions,
+        ensembles.observe_predictions,
+        variant="Predictions",
+    ),
     Case("LoRAMixin", lora, check_lora, observe_lora),
+    *(Case("AdapterMixin", row.build, row.check, row.observe, variant=name) for name, row in ADAPTER_ROWS.items()),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
+    Case("LossNormalizationMixin", normalization.loss_normalization, normalization.check_loss_normalization),
+    Case("LengthBucketSampler", data_cases.length_bucket_sampler, data_cases.check_length_bucket_sampler),
+    Case("ClassBalancedSampler", data_cases.class_balanced_sampler, data_cases.check_class_balanced_sampler),
+    Case("FeatureNormalizer", data_cases.feature_normalizer, data_cases.check_feature_normalizer),
 )
 
 

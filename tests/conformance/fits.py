@@ -12,6 +12,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_tricks  # noqa: F401  registers the strategy flags
+from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.errors import UnsupportedError
 from tests.conformance.engines import ENGINES, NODES
 from tests.conformance.model import full_weights, loader
@@ -92,7 +93,7 @@ class Fits:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        train = loader(run.samples, seed=1, world=self.world)
+        train = (run.loader or usual)(run.samples, self.world)
         val = loader(run.validation_samples, seed=2, shuffle=False, world=self.world)
         trainer.fit(run.module, train, val, ckpt_path=checkpoint)
         weights = full_weights(trainer)
@@ -100,6 +101,11 @@ class Fits:
         if trainer.is_global_zero:
             outcome = {"weights": weights, "logged": recorder.series(), "facts": facts, "steps": trainer.global_step}
             torch.save(outcome, self.folder / f"{name}.pt")
+
+
+def usual(samples: int, world: int) -> TricksDataLoader:
+    """The training data of most rows."""
+    return loader(samples, seed=1, world=world)
 
 
 class SimulatedDeathError(Exception):
