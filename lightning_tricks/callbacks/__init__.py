@@ -20,6 +20,7 @@ from lightning_tricks.callbacks.gradient_clipping import GradientClipping
 from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_tricks.callbacks.learning_rate_schedule import LearningRateSchedule
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
+from lightning_tricks.callbacks.spike_recovery import SpikeRecovery
 
 __all__ = [
     "BatchSizeAccumulation",
@@ -45,6 +46,7 @@ __all__ = [
     "NonFiniteGuard",
     "Percentile",
     "Predictions",
+    "SpikeRecovery",
     "Suggestion",
     "TopK",
     "Uniform",

@@ -38,6 +38,7 @@ from lightning_tricks.functional.quantization import (
     quantize_int8,
     quantize_nf4,
 )
+from lightning_tricks.functional.robust import robust_zscore
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
 from lightning_tricks.functional.weighted_mean import weighted_mean
 
@@ -80,6 +81,7 @@ __all__ = [
     "quantize_nf4",
     "rank_scores",
     "remember_norm",
+    "robust_zscore",
     "same_fingerprint",
     "stable_decay",
     "two_class_logits",

@@ -53,7 +53,15 @@ from tests.conformance import normalization_cases as normalization
 from tests.conformance import schedule_cases as schedule
 from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
-from tests.conformance.gradient_cases import check_clipped_share, check_parts, clipping_by_part, clipping_by_unit
+from tests.conformance.gradient_cases import (
+    check_clipped_share,
+    check_parts,
+    check_spike_recovery,
+    clipping_by_part,
+    clipping_by_unit,
+    observe_spike_recovery,
+    spike_recovery,
+)
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
 __all__ = ["CASES", "Case", "Run"]
@@ -392,6 +400,7 @@ CASES = (
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("BatchSizeAccumulation", accumulation.batch_size_accumulation, accumulation.check_batch_size_accumulation),
+    Case("SpikeRecovery", spike_recovery, check_spike_recovery, observe_spike_recovery),
     Case("LearningRateSchedule", schedule.learning_rate_schedule, schedule.check_learning_rate_schedule),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("CheckpointEnsemble", ensembles.cyclic, ensembles.check_cyclic, ensembles.observe_cyclic, variant="Cyclic"),
