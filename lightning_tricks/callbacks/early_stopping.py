@@ -64,6 +64,8 @@ class EarlyStopping(ScoredCallback):
     trick: ClassVar[Trick] = Trick(
         jobs=("stop early",), needs=("load_weights", "save_weights"), rules=(NEEDS_VALIDATION,)
     )
+    place: ClassVar[int | None] = 4  # what it restores is not to be averaged over
+
     best_score: float | None
     best_step: int | None
     stopped_reason: str | None

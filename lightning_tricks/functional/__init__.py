@@ -1,5 +1,6 @@
 """Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""
 
+from lightning_tricks.functional.averaging import ema_decay, lerp_, mean_of
 from lightning_tricks.functional.class_weights import balanced_weights, weighted_cross_entropy_sums
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient
@@ -14,11 +15,14 @@ __all__ = [
     "QuantileSketch",
     "balanced_weights",
     "clip_coefficient",
+    "ema_decay",
     "fingerprint",
     "infer_mode",
     "is_glob",
     "is_improvement",
+    "lerp_",
     "low_rank_update",
+    "mean_of",
     "path_matches",
     "percentile",
     "rank_scores",

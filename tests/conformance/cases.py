@@ -45,6 +45,7 @@ from lightning_tricks.callbacks import (
 )
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance import averaging_cases as averaging
 from tests.conformance.compare import differences
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
@@ -382,6 +383,9 @@ CASES = (
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
+    Case("WeightAveraging", lambda: Run(*averaging.ema()), averaging.check_ema, averaging.observe_averaging),
+    Case("WeightAveraging", lambda: Run(*averaging.swa()), averaging.check_swa, averaging.observe_averaging, "SWA"),
+    Case("WeightAveraging", lambda: Run(*averaging.lawa()), averaging.check_lawa, averaging.observe_averaging, "LAWA"),
     Case("LoRAMixin", lora, check_lora, observe_lora),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
 )
