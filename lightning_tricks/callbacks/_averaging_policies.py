@@ -99,7 +99,7 @@ class SWA(AveragingPolicy):
         Izmailov et al.: Averaging weights leads to wider optima and better generalization (UAI 2018).
     """
 
-    start: float | int = 0.75
+    start: int | float = 0.75
     every: ClassVar[Interval] = "epoch"
 
     def __post_init__(self) -> None:

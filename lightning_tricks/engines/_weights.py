@@ -139,6 +139,7 @@ class WeightsEngine:
         """Write this rank's parts back, and ask no other rank."""
         if not self._publishes_alone():
             return False
+        self._leave_forward()
         self._before_writing()
         with torch.no_grad():
             for entry in self._trained():
@@ -276,6 +277,9 @@ class WeightsEngine:
     def _publishes_alone(self) -> bool:
         """Whether `_publish` asks no other rank."""
         return True
+
+    def _leave_forward(self) -> None:
+        """Forget a forward pass that an exception ended."""
 
     def _before_writing(self) -> None:
         """Drop whole copies that would stay as they were."""

@@ -5,6 +5,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
 from lightning_tricks.callbacks import (
+    EMA,
+    LAWA,
+    SWA,
     CheckpointEnsemble,
     EarlyStopping,
     FixedNorm,
@@ -73,3 +76,19 @@ def test_gradient_norm_monitor(groups):
     assert parsed("GradientNormMonitor", groups=groups).groups == groups
     assert parsed("GradientNormMonitor", groups=["head"], every_n_steps=5).groups == {"head": "head"}
     assert parsed("GradientNormMonitor").groups == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("EMA", {"decay": 0.99, "warmup": 0}, EMA(0.99, warmup=0)),
+        ("SWA", {"start": 0.5}, SWA(start=0.5)),
+        ("SWA", {"start": 100}, SWA(start=100)),
+        ("LAWA", {"k": 3}, LAWA(k=3)),
+    ],
+)
+def test_weight_averaging(name, options, wanted):
+    policy = {"class_path": f"lightning_tricks.callbacks.{name}", "init_args": options}
+    callback = parsed("WeightAveraging", policy=policy, update_every=10, use_for=["result"])
+    assert (callback.policy, callback.update_every, callback.use_for) == (wanted, 10, ("result",))
+    assert parsed("WeightAveraging", update_every="epoch").policy == EMA()
