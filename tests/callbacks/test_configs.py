@@ -14,6 +14,7 @@ from lightning_tricks.callbacks import (
     GradientClipping,
     Percentile,
     TopK,
+    UnitwiseAdaptive,
     Value,
     ZScore,
 )
@@ -46,6 +47,7 @@ def test_gradient_clipping(policy):
     [
         ("Percentile", {"q": 90.0, "window": 500}, Percentile(90.0, window=500)),
         ("Value", {"limit": 0.25}, Value(0.25)),
+        ("UnitwiseAdaptive", {"ratio": 0.02, "exclude": ["head"]}, UnitwiseAdaptive(0.02, exclude=["head"])),
         ("ZScore", {"threshold": 3.0, "warmup_limit": 1.0}, ZScore(3.0, warmup_limit=1.0)),
     ],
 )
@@ -92,3 +94,12 @@ def test_weight_averaging(name, options, wanted):
     callback = parsed("WeightAveraging", policy=policy, update_every=10, use_for=["result"])
     assert (callback.policy, callback.update_every, callback.use_for) == (wanted, 10, ("result",))
     assert parsed("WeightAveraging", update_every="epoch").policy == EMA()
+
+
+def test_limits_for_parts_of_the_model():
+    percentile = {"class_path": "lightning_tricks.callbacks.Percentile", "init_args": {"q": 90.0}}
+    policy = parsed("GradientClipping", policy={"encoder.*": 1.0, "head": percentile}).policy
+    assert {part: repr(each) for part, each in policy.items()} == {
+        "encoder.*": repr(FixedNorm(1.0)),
+        "head": repr(Percentile(90.0)),
+    }
