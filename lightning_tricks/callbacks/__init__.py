@@ -6,6 +6,8 @@ from lightning_tricks.callbacks._combine_policies import CombinePolicy, GreedySo
 from lightning_tricks.callbacks._gradient_policies import GradientPolicy, UnitwiseAdaptive, Value
 from lightning_tricks.callbacks._member_policies import Cyclic, Every, LastK, MemberPolicy, TopK
 from lightning_tricks.callbacks._norm_series import Suggestion
+from lightning_tricks.callbacks._patience import Epochs, Seconds, Steps
+from lightning_tricks.callbacks._watch import Watch
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import GradientClipping
@@ -21,6 +23,7 @@ __all__ = [
     "Cyclic",
     "EMA",
     "EarlyStopping",
+    "Epochs",
     "Every",
     "FixedNorm",
     "GradientClipping",
@@ -34,11 +37,14 @@ __all__ = [
     "Percentile",
     "Predictions",
     "SWA",
+    "Seconds",
+    "Steps",
     "Suggestion",
     "TopK",
     "Uniform",
     "UnitwiseAdaptive",
     "Value",
+    "Watch",
     "WeightAveraging",
     "Weighted",
     "ZScore",

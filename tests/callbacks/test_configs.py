@@ -13,9 +13,11 @@ from lightning_tricks.callbacks import (
     FixedNorm,
     GradientClipping,
     Percentile,
+    Steps,
     TopK,
     UnitwiseAdaptive,
     Value,
+    Watch,
     ZScore,
 )
 
@@ -103,3 +105,13 @@ def test_limits_for_parts_of_the_model():
         "encoder.*": repr(FixedNorm(1.0)),
         "head": repr(Percentile(90.0)),
     }
+
+
+def test_early_stopping_with_policies():
+    base = "lightning_tricks.callbacks"
+    watch = {"class_path": f"{base}.Watch", "init_args": {"monitor": "val/f1", "smoothing": 0.5}}
+    patience = {"class_path": f"{base}.Steps", "init_args": {"n": 2000}}
+    callback = parsed("EarlyStopping", monitor=["val/loss", watch], patience=patience, stop_when="all")
+    assert callback.patience == Steps(2000)
+    assert callback._watches == [Watch("val/loss"), Watch("val/f1", smoothing=0.5)]
+    assert parsed("EarlyStopping", monitor=watch).monitor == "val/f1"
