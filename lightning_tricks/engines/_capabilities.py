@@ -11,6 +11,7 @@ __all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capa
 _TORCH = ("one_device", "ddp", "fsdp2", "fsdp1")
 _ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*_TORCH, *_ZERO)
+_SHARDS = ("load_shards", "named_shards", "put_shards", "put_shards_alone", "save_shards")
 _EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradient_groups")
 _NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "scale_gradients", "veto_step")
 _SHARDS = ("capture_state", "load_shards", "named_shards", "put_shards", "restore_state", "save_shards")
@@ -173,6 +174,13 @@ _METHODS = {
         "writes this rank's rows",
         "writes the masters; low-precision copies are refreshed",
     ),
+    "put_shards_alone": (
+        "after an exception",
+        "no",
+        "copies",
+        "writes this rank's rows",
+        "as `put_shards` on one rank; on several it writes nothing, and says so",
+    ),
     "save_shards": (
         "between steps",
         "yes",
@@ -200,6 +208,26 @@ _METHODS = {
         "copies back",
         "writes this rank's parts",
         "writes masters and moments; low-precision copies are refreshed",
+    "keep_in_checkpoint": (
+        "`on_save_checkpoint`",
+        "yes",
+        "whole, in the file",
+        "a file in the folder",
+        "a file in the folder",
+    ),
+    "find_in_checkpoint": (
+        "`on_load_checkpoint`",
+        "no",
+        "every tensor whole",
+        "each rank reads its rows",
+        "each rank reads its stretches",
+    ),
+    "training_forward": (
+        "between steps",
+        "yes",
+        "the module's step, past DDP",
+        "through the strategy",
+        "through the strategy",
     ),
     "sum_over_ranks": ("once training runs", "yes", "a sum", "a sum", "a sum"),
     "broadcast": ("once training runs", "yes", "rank 0's value, or another's", "the same", "the same"),
@@ -226,7 +254,10 @@ _FSDP1 = {
     "named_full_weights": "one tensor gathered at a time, not a unit",
     "named_shards": "this rank's stretch of each parameter",
     "put_shards": "writes this rank's stretches",
+    "put_shards_alone": "writes this rank's stretches",
     "load_shards": "each rank reads its stretches",
+    "keep_in_checkpoint": "whole, in what rank 0 writes",
+    "find_in_checkpoint": "each rank cuts out its stretches",
     "memory": "this rank's flat parameters, padding included, and what is gathered",
     "precision": "the dtypes that each unit is built with",
 }
