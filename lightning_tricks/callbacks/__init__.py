@@ -14,29 +14,21 @@ from lightning_tricks.callbacks._learning_rate_policies import (
 )
 from lightning_tricks.callbacks._member_policies import Cyclic, Every, LastK, MemberPolicy, TopK
 from lightning_tricks.callbacks._norm_series import Suggestion
-<<<<<<< HEAD
-from lightning_tricks.callbacks.batch_size_accumulation import BatchSizeAccumulation
-=======
 from lightning_tricks.callbacks._patience import Epochs, Seconds, Steps
 from lightning_tricks.callbacks._watch import Watch
->>>>>>> b-average
+from lightning_tricks.callbacks.batch_size_accumulation import BatchSizeAccumulation
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import GradientClipping
 from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_tricks.callbacks.learning_rate_schedule import LearningRateSchedule
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
-<<<<<<< HEAD
 from lightning_tricks.callbacks.spike_recovery import SpikeRecovery
-
-__all__ = [
-    "BatchSizeAccumulation",
-=======
 from lightning_tricks.callbacks.weight_averaging import WeightAveraging
 
 __all__ = [
     "AveragingPolicy",
->>>>>>> b-average
+    "BatchSizeAccumulation",
     "CheckpointEnsemble",
     "ClippingPolicy",
     "CombinePolicy",
@@ -52,11 +44,8 @@ __all__ = [
     "GradientNormMonitor",
     "GradientPolicy",
     "GreedySoup",
-<<<<<<< HEAD
     "InverseSquareRoot",
-=======
     "LAWA",
->>>>>>> b-average
     "LastK",
     "LearningRatePolicy",
     "LearningRateSchedule",
@@ -65,24 +54,18 @@ __all__ = [
     "NonFiniteGuard",
     "Percentile",
     "Predictions",
-<<<<<<< HEAD
-    "SpikeRecovery",
-=======
     "SWA",
     "Seconds",
+    "SpikeRecovery",
     "Steps",
->>>>>>> b-average
     "Suggestion",
     "TopK",
     "Uniform",
     "UnitwiseAdaptive",
     "Value",
-<<<<<<< HEAD
     "WarmupStableDecay",
-=======
     "Watch",
     "WeightAveraging",
->>>>>>> b-average
     "Weighted",
     "ZScore",
 ]

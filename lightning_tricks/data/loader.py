@@ -1,7 +1,6 @@
 """A data loader that goes on exactly where it was interrupted, on any number of ranks."""
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,8 +96,7 @@ class TricksDataLoader:
         """A loader of the same epoch's batches, from the first one, with a position of its own."""
         other = copy.copy(self)
         other._order = copy.copy(self._order)
-        other._batches = dataclasses.replace(self._batches, sampler=other._order)
-        other._position, other._resumed = (0, 0), False
+        other._taken, other._resumed = (-1, []), False
         return other
 
     def __len__(self) -> int:

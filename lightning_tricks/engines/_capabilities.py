@@ -8,37 +8,6 @@ from lightning_tricks.errors import MisconfigurationError, UnsupportedError
 
 __all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capability_tables", "refusal"]
 
-_TORCH = ("one_device", "ddp", "fsdp2", "fsdp1")
-_ZERO = ("zero_1", "zero_2", "zero_3")
-ENGINES = (*_TORCH, *_ZERO)
-_SHARDS = ("load_shards", "named_shards", "put_shards", "put_shards_alone", "save_shards")
-_EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradient_groups")
-_NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "scale_gradients", "veto_step")
-_SHARDS = ("capture_state", "load_shards", "named_shards", "put_shards", "restore_state", "save_shards")
-_WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
-_ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Something that an engine does not do, since it could not do it exactly.
-
-    Args:
-        engines: the names of the engines that refuse.
-        methods: the methods of `Engine` that raise.
-        what: what cannot be done.
-        where: the circumstances; names in braces are filled in when it is raised.
-        reason: why, as a clause.
-        instead: what to use instead, as an imperative clause.
-    """
-
-    engines: tuple[str, ...]
-    methods: tuple[str, ...]
-    what: str
-    where: str
-    reason: str
-    instead: str
-
 
 @dataclass(frozen=True)
 class Capability:
@@ -208,6 +177,7 @@ _METHODS = {
         "copies back",
         "writes this rank's parts",
         "writes masters and moments; low-precision copies are refreshed",
+    ),
     "keep_in_checkpoint": (
         "`on_save_checkpoint`",
         "yes",

@@ -293,6 +293,8 @@ class Engine(Protocol):
         """Go back to a state that `capture_state` gave in this fit, bit for bit.
 
         Live, between steps. Collective. Costs a copy, and under ZeRO what a step does to hand out new weights.
+        """
+
     def keep_in_checkpoint(self, checkpoint: dict[str, Any], name: str, values: Mapping[str, Tensor]) -> None:
         """Let a checkpoint that is being written hold values kept beside `named_shards()`, and follow it anywhere.
 

@@ -67,12 +67,9 @@ __all__ = [
     "inverse_square_root_weights",
     "is_glob",
     "is_improvement",
-<<<<<<< HEAD
+    "lerp_",
     "linear_decay",
     "linear_warmup",
-=======
-    "lerp_",
->>>>>>> b-average
     "log_prior",
     "low_rank_linear",
     "low_rank_row_norms",
