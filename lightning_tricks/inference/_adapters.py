@@ -1,7 +1,6 @@
 """Checkpoints of low-rank adapters as checkpoints of whole weights, so that their mean is that of what they compute."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tricks.engines import Stored, Whole
 from lightning_tricks.errors import CheckpointError
-from lightning_tricks.functional import fingerprint, same_fingerprint
+from lightning_tricks.functional import fingerprint, path_matches, same_fingerprint
 from lightning_tricks.layers import LoRALinear
 
 __all__ = ["AdapterMerger"]
@@ -68,7 +67,7 @@ class AdapterMerger:
 
     def _merged(self, stored: Stored, prefix: str, base: dict[str, nn.Parameter]) -> dict[str, Whole]:
         layer = self._layer(stored, prefix)
-        scale, name = layer.lora_alpha / layer.lora_rank, f"{prefix}.weight"
+        scale, name = layer.adapters["default"].scale, f"{prefix}.weight"
         shapes = [whole.shape for part in (_DOWN, _UP) if (whole := stored.weights.get(prefix + part))]
         if shapes != [tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)]:
             raise CheckpointError(
@@ -78,7 +77,7 @@ class AdapterMerger:
 
         def weight() -> Tensor:
             own = stored.tensor(name) if name in stored.weights else base[name].detach().cpu()
-            down, up = stored.tensor(prefix + _DOWN), stored.tensor(prefix + _UP)
+            down, up = layer.assemble("default", stored.tensor(prefix + _DOWN), stored.tensor(prefix + _UP))
             return torch.addmm(own.float(), up.float().t(), down.float(), alpha=scale).to(own.dtype)
 
         def nothing() -> Tensor:
@@ -98,11 +97,13 @@ class AdapterMerger:
                 f"{stored.path} holds `{prefix}{_DOWN}`, and `{prefix}` in `module` is"
                 f" {'absent' if layer is None else 'a ' + type(layer).__name__}: build it as the members were trained."
             )
-        recorded = _recorded(stored, prefix)
-        if recorded and not math.isclose(recorded["alpha"] / recorded["rank"], layer.lora_alpha / layer.lora_rank):
+        recorded, options = _recorded(stored, prefix), layer.adapters["default"]
+        if recorded and recorded != (options.rank, options.alpha, options.rslora):
+            rank, alpha, stabilised = recorded
             raise CheckpointError(
-                f"{stored.path}: `{prefix}` was trained with alpha={recorded['alpha']:g} and rank={recorded['rank']},"
-                f" and `module` has alpha={layer.lora_alpha:g}: build it as the members were trained."
+                f"{stored.path}: `{prefix}` was trained with alpha={alpha:g}, rank={rank} and rslora={stabilised}, and"
+                f" `module` has alpha={options.alpha:g}, rank={options.rank} and rslora={options.rslora}: build it as"
+                " the members were trained."
             )
         return layer
 
@@ -121,8 +122,21 @@ class AdapterMerger:
                 )
 
 
-def _recorded(stored: Stored, prefix: str) -> Any:
-    """The options of the innermost adapted module around a layer."""
-    adapted = (stored.rest.get("lightning_tricks") or {}).get("lora") or {}
+def _recorded(stored: Stored, prefix: str) -> tuple[int, float, bool] | None:
+    """Rank, alpha and rslora of a layer, by the options of the innermost adapted module around it."""
+    record = stored.rest.get("lightning_tricks") or {}
+    adapted = {path: held["default"] for path, held in (record.get("adapters") or {}).items() if "default" in held}
+    adapted = adapted or record.get("lora") or {}  # as it was recorded once
     around = [name for name in adapted if not name or prefix == name or prefix.startswith(f"{name}.")]
-    return adapted[max(around, key=len)] if around else None
+    options = adapted[max(around, key=len)] if around else {}
+    if "rank" not in options:
+        return None
+    rank, alpha = _of_layer(options["rank"], prefix), _of_layer(options["alpha"], prefix)
+    return int(rank), float(alpha), bool(options.get("rslora", False))
+
+
+def _of_layer(values: Any, prefix: str) -> Any:
+    """One value for all layers, or the first whose pattern fits."""
+    if not isinstance(values, Mapping):
+        return values
+    return next(value for pattern, value in values.items() if path_matches(pattern, prefix))

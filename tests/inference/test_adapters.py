@@ -71,6 +71,31 @@ def test_one_member_computes_as_before(saved, tmp_path):
     torch.testing.assert_close(merged(x), member(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        LoRA(rank=3, alpha=6.0, targets=("query",), rslora=True),
+        LoRA(rank={"query": 3}, alpha={"*": 6.0}, targets=("query",)),
+        LoRA(rank=2, alpha=6.0, targets=("query:1-3",)),
+    ],
+)
+def test_whatever_the_options_are(saved, tmp_path, policy):
+    class Other(Adapted):
+        def __init__(self):
+            L.LightningModule.__init__(self)
+            torch.manual_seed(0)
+            self.net = nn.ModuleDict({"query": nn.Linear(5, 4), "out": nn.Linear(4, 4)})
+            self.head = nn.Linear(4, 2)
+            self.adapt(self.net, policy)
+
+    member, x = Other(), torch.randn(7, 5)
+    nn.init.normal_(member.net["query"].lora_B)
+    average_checkpoints([saved("one", member)], tmp_path / "merged.ckpt", module=Other())
+    merged = Other.load_from_checkpoint(tmp_path / "merged.ckpt")
+    assert not merged.net["query"].lora_B.any()
+    torch.testing.assert_close(merged(x), member(x), rtol=1e-5, atol=1e-5)
+
+
 def test_the_module_is_not_changed(saved, tmp_path):
     module = Adapted()
     before = [parameter.clone() for parameter in module.parameters()]
@@ -80,7 +105,7 @@ def test_the_module_is_not_changed(saved, tmp_path):
 
 def test_a_rank_of_its_own_for_each_is_refused(saved, tmp_path):
     paths = [saved("two", trained(0)), saved("three", trained(0, rank=3, alpha=9.0))]
-    with pytest.raises(CheckpointError, match=r"three\.ckpt.*`net\.query\.lora_A`.*rank"):
+    with pytest.raises(CheckpointError, match=r"three\.ckpt.*`net\.query`.*rank=3"):
         average_checkpoints(paths, tmp_path / "mean.ckpt", module=Adapted())
 
 
