@@ -7,6 +7,7 @@ from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import GradientClipping
 from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
+from lightning_tricks.callbacks.sequence_length_warmup import SequenceLengthWarmup
 
 __all__ = [
     "CheckpointEnsemble",
@@ -17,6 +18,7 @@ __all__ = [
     "GradientNormMonitor",
     "NonFiniteGuard",
     "Percentile",
+    "SequenceLengthWarmup",
     "Suggestion",
     "TopK",
     "Value",
