@@ -11,7 +11,10 @@ UPGRADE := .venv-upgrade
 UPGRADE_TESTS := tests/engines tests/strategies tests/conformance tests/recovery
 UPGRADED := $(UPGRADE)/bin/python -c "from importlib.metadata import version as v; \
   print('tested against', *(f'{n} {v(n)}' for n in ('lightning', 'deepspeed', 'torch')))"
-BENCHMARKS := equivalence memory step_time seam demo
+BENCHMARKS := equivalence memory step_time seam demo adapters
+
+# A process of tests for each core; those of a file stay together.
+PARALLEL := -n logical --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu upgrade lint format matrix catalogue bench clean
@@ -23,10 +26,10 @@ demo: $(VENV)/.demo  ## Fine-tune a real transformer with the tricks; ends with 
 	$(BIN)/lightning-tricks demo
 
 test: $(VENV)/.dev  ## Every test that runs without a GPU.
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" $(PARALLEL)
 
 test-fast: $(VENV)/.dev  ## The quick part of the tests.
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(PARALLEL)
 
 test-gpu: $(VENV)/.dev  ## The tests that need a CUDA device; without one they are reported as not run.
 	$(BIN)/python -m pytest -m gpu
@@ -38,7 +41,7 @@ upgrade:  ## The engines' tests against the newest lightning and deepspeed of th
 	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt -e ".[all,dev]"
 	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt --no-deps $(DEMO_FILES)
 	@$(UPGRADED) | sed 's/^tested/to be tested/'
-	$(UPGRADE)/bin/python -m pytest -m "not gpu" $(UPGRADE_TESTS)
+	$(UPGRADE)/bin/python -m pytest -m "not gpu" $(PARALLEL) $(UPGRADE_TESTS)
 	@$(UPGRADED)
 
 lint: $(VENV)/.dev  ## Style, types and import contracts.

@@ -114,17 +114,11 @@ def bytes_per_parameter(engine: str, precision: str, folder: str, width: int, de
     return {"elements": elements, "kinds": kinds, "engine": own, "reduced gradients": reduced / elements}
 
 
-def formula(engine: str, precision: str, copy: bool) -> float:
-    """Bytes per parameter and rank: Rajbhandari et al. (2020), figure 1, and the same for FSDP2.
-
-    Args:
-        engine: the flag.
-        precision: the Trainer's.
-        copy: in fp32, whether fp32 masters beside the fp32 parameters are counted: DeepSpeed keeps them.
-    """
+def formula(engine: str, precision: str) -> float:
+    """Bytes per parameter and rank: Rajbhandari et al. (2020), figure 1; the same for FSDP2, and for fp32."""
     low = engine.startswith("zero") and precision != "32-true"
     parameters, gradients = (2, 2) if low else (4, 4)
-    state = 12 if engine.startswith("zero") and (low or copy) else 8
+    state = 12 if low else 8
     divided = {"ddp": 0, "zero_1": 1, "zero_2": 2, "zero_3": 3, "fsdp2": 3}[engine]
     parts = (state, gradients, parameters)
     return sum(part / RANKS if index < divided else part for index, part in enumerate(parts))
@@ -189,15 +183,13 @@ def summary(engine: str, precision: str, folder: str) -> dict:
     """The rank that holds most."""
     paths = [Path(folder) / f"{engine}-{precision}-{each}.json" for each in range(RANKS)]
     found = max((json.loads(path.read_text()) for path in paths), key=lambda each: sum(each["kinds"].values()))
-    total, paper, kept = sum(found["kinds"].values()), *(formula(engine, precision, copy) for copy in (False, True))
+    total, paper = sum(found["kinds"].values()), formula(engine, precision)
     return {
         "parameters_of_the_model": found["elements"],
         "bytes_per_parameter_and_rank": {**_rounded(found["kinds"]), "total": round(total, 4)},
         "gradients_once_reduced": round(found["reduced gradients"], 4),
         "formula": paper,
         "measured_to_formula": round(total / paper, 4),
-        "formula_with_fp32_copy": kept,
-        "measured_to_formula_with_fp32_copy": round(total / kept, 4),
         "engine_of_its_own": {name: value for name, value in _rounded(found["engine"]).items() if value},
     }
 

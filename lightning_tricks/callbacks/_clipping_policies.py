@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import NormMoments, percentile, remember_norm, zscore_limit
 
-__all__ = ["ClippingPolicy", "FixedNorm", "Percentile", "Value", "ZScore"]
+__all__ = ["ClippingPolicy", "FixedNorm", "Percentile", "ZScore", "positive"]
 
 
 _LEAVE_OUT = "Leave GradientClipping out to train without clipping."
@@ -54,7 +54,7 @@ class FixedNorm:
     """
 
     def __init__(self, limit: float = 1.0) -> None:
-        self._limit = _positive(limit, "the limit of gradient clipping", _LEAVE_OUT)
+        self._limit = positive(limit, "the limit of gradient clipping", _LEAVE_OUT)
 
     def limit(self, norm: Tensor) -> float | Tensor:  # config files match policies by this exact signature
         """The fixed limit, whatever the norm."""
@@ -153,7 +153,7 @@ class ZScore:
     ) -> None:
         if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < 1:
             raise MisconfigurationError(f"`decay` must be above 0 and below 1, got {decay!r}: 0.97 is usual.")
-        self._threshold = _positive(threshold, "`threshold`", "2.5 standard deviations are usual.")
+        self._threshold = positive(threshold, "`threshold`", "2.5 standard deviations are usual.")
         self._decay = float(decay)
         self._warmup = _count(warmup, "warmup", 2, "one norm has no deviation")
         self._warmup_limit = _optional_limit(warmup_limit)
@@ -180,41 +180,15 @@ class ZScore:
         return f"ZScore(threshold={self._threshold}, {options})"
 
 
-class Value:
-    """Clips each element of the gradients, and not their norm: the direction of the step changes.
-
-    Elements that are infinite are brought to the limit as well; NaN stays NaN. ZeRO cannot do it and refuses it.
-
-    Args:
-        limit: the largest absolute value allowed, above 0; 0.1 to 1 is usual.
-
-    Raises:
-        MisconfigurationError: if the limit is not a finite number above 0.
-
-    Example:
-        >>> from lightning_tricks.callbacks import GradientClipping, Value
-        >>> GradientClipping(Value(0.5)).policy
-        Value(limit=0.5)
-
-    References:
-        Graves: Generating Sequences With Recurrent Neural Networks (2013), arXiv:1308.0850.
-    """
-
-    def __init__(self, limit: float = 0.5) -> None:
-        self.largest = _positive(limit, "the limit of gradient clipping", _LEAVE_OUT)
-
-    def __repr__(self) -> str:
-        return f"Value(limit={self.largest})"
-
-
-def _positive(value: Any, name: str, remedy: str) -> float:
+def positive(value: Any, name: str, remedy: str) -> float:
+    """The value, if it is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise MisconfigurationError(f"{name} must be a finite number above 0, got {value!r}. {remedy}")
     return float(value)
 
 
 def _optional_limit(value: Any) -> float | None:
-    return None if value is None else _positive(value, "`warmup_limit`", "None leaves the warm-up unclipped.")
+    return None if value is None else positive(value, "`warmup_limit`", "None leaves the warm-up unclipped.")
 
 
 def _count(value: Any, name: str, least: int, otherwise: str) -> int:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_tricks.engines import Engine
+from lightning_tricks.engines import Engine, aside
 
 __all__ = ["borrowed_weights", "validate"]
 
@@ -56,7 +56,7 @@ def validate(trainer: Trainer) -> dict[str, float]:
     Returns:
         What the module logged, by name.
     """
-    with _unheard(trainer), isolate_rng():
+    with aside(trainer), _unheard(trainer), isolate_rng():
         trainer.validating = True
         try:
             trainer.fit_loop.epoch_loop.val_loop.run()

@@ -1,64 +1,37 @@
-"""Keep the best checkpoints of a fit and average them into one."""
+"""Keep checkpoints of a fit and combine them into one, or let them predict together."""
 
 import logging
+import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_tricks.callbacks._base import is_dry_run, writable_folder
+from lightning_tricks.callbacks._combine_policies import CombinePolicy, GreedySoup, Predictions, Uniform
+from lightning_tricks.callbacks._combining import Combiner, FromPaths, FromShelf, Source
+from lightning_tricks.callbacks._cycles import Cycles
 from lightning_tricks.callbacks._ensemble_file import write_ensemble
-from lightning_tricks.callbacks._evaluation import borrowed_weights, validate
-from lightning_tricks.callbacks._monitor import NEEDS_VALIDATION, Mode, Monitor, checked_mode, joint
+from lightning_tricks.callbacks._ensemble_rules import ENSEMBLE_RULES, monitored
+from lightning_tricks.callbacks._given_members import GivenMembers
+from lightning_tricks.callbacks._member_policies import Cyclic, MemberPolicy, TopK
+from lightning_tricks.callbacks._monitor import Monitor
 from lightning_tricks.callbacks._scored import ScoredCallback
 from lightning_tricks.callbacks._shelf import Shelf
-from lightning_tricks.engines import InUse, Rule, Situation, Trick
+from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import rank_scores
-from lightning_tricks.storage import average_weights
 
-__all__ = ["CheckpointEnsemble", "TopK"]
+__all__ = ["CheckpointEnsemble"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class TopK:
-    """Takes the best K checkpoints by a validation metric as members.
-
-    Args:
-        k: number of members, 1 or more; 3 to 10 is usual.
-        monitor: metric to rank by, as `validation_step` logs it.
-        mode: `min` if lower is better, `max` if higher is, `auto` to tell it from the metric's name.
-
-    Raises:
-        MisconfigurationError: for an option out of range.
-
-    Example:
-        >>> from lightning_tricks.callbacks import TopK
-        >>> TopK(5, monitor="val/macro_f1")
-        TopK(k=5, monitor='val/macro_f1', mode='auto')
-    """
-
-    k: int = 3
-    monitor: str = "val/loss"
-    mode: Mode = "auto"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise MisconfigurationError(
-                f"TopK's `k` must be a whole number of checkpoints, 1 or more, got {self.k!r}. 3 is a good start."
-            )
-        checked_mode("TopK", self.monitor, self.mode)
-
-
 _BEST_THREE = TopK()
+_UNIFORM = Uniform()
 
 
 @dataclass(frozen=True)
@@ -72,51 +45,37 @@ class _Member:
     metrics: dict[str, float] = field(default_factory=dict, repr=False)
 
 
-def _running_statistics(situation: Situation, _: InUse) -> Mapping[str, object] | None:
-    for name, module in situation.module.named_modules():
-        if isinstance(module, _NormBase) and module.track_running_stats and module.training:
-            return {"layer": name, "kind": type(module).__name__}
-    return None
-
-
-_RULES = (
-    NEEDS_VALIDATION,
-    Rule(
-        when=_running_statistics,
-        verdict="refused",
-        words="{trick} cannot average the running statistics of `{layer}` ({kind}), whose mean belongs to no weights",
-        remedy="use a normalisation without them (LayerNorm, GroupNorm), or freeze them by putting the layer in "
-        "eval() mode before the fit",
-        known="built",
-    ),
-)
-
-
 class CheckpointEnsemble(ScoredCallback):
     """Averages the best checkpoints of a fit into one, and scores it beside the best single one.
 
-    After each validation the weights are kept if they are among the best K. When the fit ends their uniform average
-    is written to `<dirpath>/ensemble.ckpt`, a checkpoint that `load_from_checkpoint` reads strictly, on any engine. It
-    is validated once on the fit's validation data: `results`, and the loggers as `ensemble/<metric>` and
-    `best/<metric>`, say how it compares. The module keeps the weights that it
-    ended the fit with (or that `EarlyStopping` restored): the ensemble is a file.
+    `members` says which weights are kept during the fit, at most so many at a time. When it ends, `combine` says what
+    they become. An average is written to `<dirpath>/ensemble.ckpt`, a checkpoint that `load_from_checkpoint` reads
+    strictly, on any engine, and validated once on the fit's validation data if it has any: `results`, and the loggers
+    as `ensemble/<metric>` and `best/<metric>`, say how it compares. The module keeps the weights that it ended the fit
+    with (or that `EarlyStopping` restored): the ensemble is a file.
 
-    A score that is not finite is never a member. Running statistics of normalisation layers cannot be averaged, so
-    a module that updates some is refused.
+    A score that is not finite never wins. Running statistics of normalisation layers cannot be averaged, so a module
+    that updates some is refused, except with `Predictions`.
 
     Args:
-        members: which checkpoints to average.
+        members: which checkpoints to combine: `TopK`, `LastK`, `Every`, `Cyclic`, or a list of checkpoints of other
+            runs, of any engine.
+        combine: what they become: `Uniform`, `Weighted` or `GreedySoup` average, `Predictions` keeps them apart.
         dirpath: folder for the members and the ensemble, seen by all nodes;
-            `<default_root_dir>/checkpoint_ensemble/<metric>` if null.
+            `<default_root_dir>/checkpoint_ensemble/<metric or policy>` if null.
 
     Attributes:
-        path: the ensemble's file; None before the fit ended.
-        results: `{"best": {metric: value}, "ensemble": {metric: value}}`; empty before the fit ended.
-        scores: the members' scores, best first.
+        path: the ensemble's file; None before the fit ended, and with `Predictions`.
+        paths: with `Predictions`, the members' checkpoints, for `inference.PredictionEnsemble`.
+        results: `{"best": {metric: value}, "ensemble": {metric: value}}`; empty before the fit ended, without `best`
+            if no member was scored.
+        scores: the members' scores, best first, as far as they have some.
+        rejected: what `GreedySoup` left out: the score of the average with it, by its step or path.
 
     Raises:
         MisconfigurationError: for a metric that validation does not log, a folder that cannot be written or that
-            another ensemble uses, or running statistics.
+            another ensemble uses, running statistics, or with `Cyclic` another scheduler or a fit without an end.
+        CheckpointError: before the fit, for given checkpoints that are damaged or do not match.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -127,61 +86,215 @@ class CheckpointEnsemble(ScoredCallback):
     References:
         Wortsman et al.: Model soups: averaging weights of multiple fine-tuned models (ICML 2022).
         Vaswani et al.: Attention is all you need (NeurIPS 2017), which averages its last checkpoints.
+        Huang et al.: Snapshot ensembles: train 1, get M for free (ICLR 2017), for `Cyclic`.
     """
 
-    trick: ClassVar[Trick] = Trick(jobs=("average checkpoints",), needs=("load_weights", "save_weights"), rules=_RULES)
+    trick: ClassVar[Trick] = Trick(
+        jobs=("average checkpoints",), needs=("load_weights", "save_weights"), rules=ENSEMBLE_RULES
+    )
     path: Path | None
+    paths: list[Path]
     results: dict[str, dict[str, float]]
+    rejected: dict[str, float]
     _kept: list[_Member]
     _shelf: Shelf
 
-    def __init__(self, members: TopK = _BEST_THREE, *, dirpath: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        members: MemberPolicy | Sequence[str | Path] = _BEST_THREE,
+        combine: CombinePolicy = _UNIFORM,
+        *,
+        dirpath: str | Path | None = None,
+    ) -> None:
         super().__init__()
-        if not isinstance(members, TopK):
+        self._given = None if isinstance(members, MemberPolicy) else GivenMembers(members)
+        if not isinstance(combine, CombinePolicy):
             raise MisconfigurationError(
-                f"CheckpointEnsemble's `members` must say which checkpoints to average, got {members!r}: pass "
-                "TopK(3, monitor='val/loss')."
+                f"CheckpointEnsemble's `combine` must be a policy, got {combine!r}: try Uniform()."
             )
-        self.members = members
-        self.dirpath = dirpath
-        mode = checked_mode("TopK", members.monitor, members.mode)
-        self._monitor = Monitor("CheckpointEnsemble", members.monitor, mode)
+        self.members, self.combine, self.dirpath = members, combine, dirpath
+        if (found := monitored(members, combine)) is not None:
+            self._monitor = Monitor("CheckpointEnsemble", *found)
         self._reset()
 
     @property
+    def monitors(self) -> bool:
+        """Whether it goes by a metric, so that the fit must validate."""
+        return monitored(self.members, self.combine) is not None
+
+    @property
     def scores(self) -> list[float]:
-        """The members' scores, best first."""
-        return [member.score for member in self._kept]
+        """The members' scores, best first, as far as they have some."""
+        known = [member.score for member in self._kept if math.isfinite(member.score)]
+        return [known[place] for place in rank_scores(known, mode=self._monitor.mode)] if known else []
+
+    # -- collecting ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the members of a resumed run."""
         self._resumed = False
+        if self._cycles is not None:
+            self._cycles.begin(trainer)
         if not is_dry_run(trainer):
             self._find_members()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate of the next step, if the members are cyclic."""
+        if self._cycles is not None:
+            self._cycles.set_rate(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the weights at the end of a cycle."""
+        if self._cycles is not None and self._cycles.completes(trainer, self.engine) and not is_dry_run(trainer):
+            self._shelf.settle(self.engine)
+            self._scored(trainer, math.nan)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the weights if they are among the best; see that the metric is there."""
+        if isinstance(self.members, TopK):
+            super().on_validation_end(trainer, pl_module)
+        elif self.monitors and self._stage == "fit":
+            self._monitor.check(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the weights at the end of an epoch."""
+        policy = self.members
+        if isinstance(policy, MemberPolicy) and policy.wants(trainer.current_epoch) and not is_dry_run(trainer):
+            self._shelf.settle(self.engine)
+            self._scored(trainer, math.nan)
+
+    def _scored(self, trainer: Trainer, score: float) -> None:
+        """Keep the weights if the policy chooses them. The one that goes is deleted once the new one is complete."""
+        policy = self.members
+        if not isinstance(policy, MemberPolicy) or any(member.step == trainer.global_step for member in self._kept):
+            return
+        candidates = [*self._kept, self._candidate(trainer, score)]
+        chosen = policy.choose(candidates, [member.score for member in candidates])
+        if candidates[-1] in chosen:
+            metadata = {"step": str(trainer.global_step), "epoch": str(trainer.current_epoch), "score": repr(score)}
+            self.engine.save_weights(self._shelf.path(candidates[-1].file), metadata)
+        dropped = [member.file for member in self._kept if member not in chosen]
+        self._kept = chosen
+        self._shelf.evict(dropped, self.engine)
+
+    # -- the end of the fit --------------------------------------------------------------------------------------------
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Average the members, write the ensemble, and score it."""
+        """Combine the members, write the ensemble, and score it."""
         if is_dry_run(trainer):
             return
         self._shelf.settle(self.engine)
-        with self._averaged(trainer) as average:
-            if average is not None:
-                self._score(trainer, pl_module, average)
+        if self._cycles is not None and self._cycles.ends_nearly():
+            self._scored(trainer, math.nan)
+        self._combine(trainer, scored=trainer.enable_validation)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the ensemble, unscored, if a resumed fit found nothing left to train, so that training never began."""
         if self._resumed and not is_dry_run(trainer):
             self._find_members()
-            with self._averaged(trainer):
-                pass
+            self._combine(trainer, scored=False)
+
+    def _combine(self, trainer: Trainer, *, scored: bool) -> None:
+        source, scores = self._source()
+        if not source.names:
+            missing = (
+                f"no validation gave a finite `{self.members.monitor}`"
+                if isinstance(self.members, TopK)
+                else ("the fit ended before the first member was due")
+            )
+            rank_zero_warn(f"CheckpointEnsemble: {missing}: no ensemble.")
+        elif isinstance(self.combine, Predictions):
+            self._keep_apart(trainer)
+        elif isinstance(self.combine, GreedySoup) and not scored:
+            rank_zero_warn(
+                "CheckpointEnsemble: a greedy soup scores its members, and this fit took no step: no ensemble."
+            )
+        else:
+            combiner = Combiner(trainer, self.engine, self._shelf, self._monitor if self.monitors else None)
+            try:
+                self._average(combiner, source, scores, scored)
+            finally:
+                combiner.clear()
+
+    def _source(self) -> tuple[Source, list[float]]:
+        """The members, the best or the newest first, and their scores as far as they are known."""
+        if self._given is not None:
+            return FromPaths(self._given), [math.nan] * len(self._given.paths)
+        kept = self._in_order()
+        files = [self._shelf.path(member.file) for member in kept]
+        return FromShelf(files, [member.step for member in kept]), [member.score for member in kept]
+
+    def _in_order(self) -> list[_Member]:
+        return self._kept if isinstance(self.members, TopK) else self._kept[::-1]
+
+    def _average(self, combiner: Combiner, source: Source, scores: list[float], scored: bool) -> None:
+        places, shares = list(range(len(source.names))), self.combine.weights(len(source.names))
+        best, found = (self._kept[0].metrics if isinstance(self.members, TopK) else {}), None
+        if isinstance(self.combine, GreedySoup):
+            choice, tried = combiner.greedy(source, scores)
+            if choice is None:
+                rank_zero_warn(f"CheckpointEnsemble: no member has a finite `{self._monitor.name}`: no ensemble.")
+                return
+            places, shares = choice.chosen, [1.0] * len(choice.chosen)
+            self.rejected = {source.names[place]: score for place, score in choice.tried.items()}
+            best = tried.get((places[0],), best)
+            found = tried.get(tuple(places), best)
+        average = combiner.average(source, places, shares)
+        self.path = self._shelf.path("ensemble.ckpt")
+        chosen = [place for place, share in zip(places, shares, strict=True) if share > 0]
+        write_ensemble(combiner.trainer, self.engine, average, self.path, self._records(chosen))
+        if scored:
+            self._publish(combiner.trainer, best, combiner.score(average) if found is None else found, len(chosen))
+
+    def _records(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """What the ensemble's file says of its members, oldest first."""
+        if self._given is not None:
+            return [{"file": str(self._given.paths[place])} for place in places]
+        kept = self._in_order()
+        return [asdict(member) for member in sorted((kept[place] for place in places), key=lambda one: one.step)]
+
+    def _keep_apart(self, trainer: Trainer) -> None:
+        """Write each member as a checkpoint that `load_from_checkpoint` reads."""
+        if self._given is not None:
+            self.paths = list(self._given.paths)
+            return
+        for member in self._in_order():
+            path = self._shelf.path(self._shelf.new_name("prediction", member.step)).with_suffix(".ckpt")
+            write_ensemble(trainer, self.engine, self._shelf.path(member.file), path, [asdict(member)])
+            self.paths.append(path)
+
+    def _publish(self, trainer: Trainer, best: Mapping[str, float], found: dict[str, float], count: int) -> None:
+        known = {name: best[name] for name in found if name in best}
+        self.results = {**({"best": known} if known else {}), "ensemble": found}
+        logged = {f"{area}/{name}": value for area, values in self.results.items() for name, value in values.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=trainer.global_step)
+        if trainer.is_global_zero:
+            told = self._monitor.name if self.monitors else "val/loss"
+            left = f"; left out: {self.rejected}" if self.rejected else ""
+            log.info(
+                f"CheckpointEnsemble of {count}: `{told}` {found.get(told)}, best single {known.get(told)}{left}; "
+                f"written to {self.path}."
+            )
+
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
         folder = None if self.dirpath is None else Path(self.dirpath).name
-        return {"monitor": self.members.monitor, "mode": self._monitor.mode, "folder": folder}
+        if isinstance(self.members, TopK):
+            return {"monitor": self.members.monitor, "mode": self._monitor.mode, "folder": folder}
+        return {"members": self._kind(), "folder": folder}
+
+    def _kind(self) -> str:
+        return "paths" if self._given is not None else type(self.members).__name__
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             self._reset()
+        if self._given is not None:
+            self._given.open(pl_module)
         if not is_dry_run(trainer):
             self._refuse_shared_folder(trainer)
             self._shelf.open(writable_folder("CheckpointEnsemble", self._folder(trainer)))
@@ -190,25 +303,28 @@ class CheckpointEnsemble(ScoredCallback):
         return {
             "members": [asdict(member) for member in self._kept],
             "shelf": self._shelf.capture([member.file for member in self._kept]),
+            **({} if self._cycles is None else {"cycles": self._cycles.capture()}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._resumed = True
         self._kept = [_Member(**member) for member in state["members"]]
         self._shelf.restore(state["shelf"])
+        if self._cycles is not None:
+            self._cycles.restore(state["cycles"])
 
     def _reset(self) -> None:
-        self.path = None
-        self.results = {}
+        self.path, self.paths, self.results, self.rejected = None, [], {}, {}
         self._kept = []
         self._resumed = False
         self._shelf = Shelf()
+        self._cycles = Cycles(self.members) if isinstance(self.members, Cyclic) else None
 
     def _folder(self, trainer: Trainer) -> Path:
         if self.dirpath is not None:
             return Path(self.dirpath).expanduser().absolute()
-        metric = re.sub(r"\W+", "_", self.members.monitor)
-        return Path(trainer.default_root_dir).absolute() / "checkpoint_ensemble" / metric
+        name = self.members.monitor if isinstance(self.members, TopK) else self._kind().lower()
+        return Path(trainer.default_root_dir).absolute() / "checkpoint_ensemble" / re.sub(r"\W+", "_", name)
 
     def _refuse_shared_folder(self, trainer: Trainer) -> None:
         folder = self._folder(trainer)
@@ -220,26 +336,12 @@ class CheckpointEnsemble(ScoredCallback):
                 f"two CheckpointEnsembles would write their ensemble.ckpt to {folder}: give each its own `dirpath`."
             )
 
-    def _scored(self, trainer: Trainer, score: float) -> None:
-        """Keep the weights if they are among the best."""
-        if any(member.step == trainer.global_step for member in self._kept):
-            return
-        candidates = [*self._kept, self._candidate(trainer, score)]
-        order = rank_scores([member.score for member in candidates], mode=self._monitor.mode)
-        chosen = [candidates[position] for position in order[: self.members.k]]
-        if candidates[-1] in chosen:
-            metadata = {"step": str(trainer.global_step), "epoch": str(trainer.current_epoch), "score": repr(score)}
-            self.engine.save_weights(self._shelf.path(candidates[-1].file), metadata)
-        dropped = [member.file for member in self._kept if member not in chosen]
-        self._kept = chosen
-        self._shelf.evict(dropped, self.engine)
-
     def _candidate(self, trainer: Trainer, score: float) -> _Member:
         epoch, step = trainer.current_epoch, trainer.global_step
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        return _Member(
-            self._shelf.new_name("member", step), epoch, step, score, {**metrics, self.members.monitor: score}
-        )
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} if self.monitors else {}
+        if math.isfinite(score):
+            metrics[self._monitor.name] = score
+        return _Member(self._shelf.new_name("member", step), epoch, step, score, metrics)
 
     def _find_members(self) -> None:
         gone = self._shelf.start([member.file for member in self._kept], self.engine)
@@ -249,42 +351,3 @@ class CheckpointEnsemble(ScoredCallback):
                 "are left out. To keep them, resume with the `dirpath` of the run that wrote them."
             )
             self._kept = [member for member in self._kept if member.file not in gone]
-
-    @contextmanager
-    def _averaged(self, trainer: Trainer) -> Iterator[Path | None]:
-        """Write the ensemble, and lend the weights file of the average; None if there is no member."""
-        if not self._kept:
-            rank_zero_warn(f"CheckpointEnsemble: no validation gave a finite `{self.members.monitor}`: no ensemble.")
-            yield None
-            return
-        self.path = self._shelf.path("ensemble.ckpt")
-        members = sorted(self._kept, key=lambda member: member.step)
-        average = self._shelf.path(self._shelf.new_name("mean", trainer.global_step))
-        try:
-            files = [self._shelf.path(member.file) for member in members]
-            self.engine.write_on_rank_zero(average, lambda: average_weights(files, average))
-            write_ensemble(trainer, self.engine, average, self.path, [asdict(member) for member in members])
-            yield average
-        finally:
-            self._shelf.evict([average.name], self.engine)
-
-    def _score(self, trainer: Trainer, pl_module: LightningModule, average: Path) -> None:
-        raw = self._shelf.path(self._shelf.new_name("raw", trainer.global_step))
-        with borrowed_weights(self.engine, average, raw):
-            found = validate(trainer)
-        if self.members.monitor in found:
-            found[self.members.monitor] = joint(found[self.members.monitor], pl_module, self.engine)
-        self._publish(trainer, found)
-
-    def _publish(self, trainer: Trainer, found: dict[str, float]) -> None:
-        best = {name: self._kept[0].metrics[name] for name in found if name in self._kept[0].metrics}
-        self.results = {"best": best, "ensemble": found}
-        logged = {f"{area}/{name}": value for area, values in self.results.items() for name, value in values.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(logged, step=trainer.global_step)
-        if trainer.is_global_zero:
-            name = self.members.monitor
-            log.info(
-                f"CheckpointEnsemble of {len(self._kept)}: `{name}` {found.get(name)}, best single {best.get(name)}; "
-                f"written to {self.path}."
-            )

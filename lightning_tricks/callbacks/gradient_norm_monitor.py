@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,9 +11,9 @@ from torch.optim import Optimizer
 from lightning_tricks.callbacks._base import TrickCallback
 from lightning_tricks.callbacks._norm_plot import plot_norms
 from lightning_tricks.callbacks._norm_series import NormSeries, Suggestion
+from lightning_tricks.callbacks._selection import none_selected, selected, trained_names
 from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
-from lightning_tricks.functional import is_glob
 
 __all__ = ["GradientNormMonitor"]
 
@@ -105,15 +104,10 @@ class GradientNormMonitor(TrickCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find each group's parameters."""
         super().on_fit_start(trainer, pl_module)
-        names = [name.replace("_orig_mod.", "") for name, p in pl_module.named_parameters() if p.requires_grad]
-        self._members = {
-            group: [name for name in names if _is_in(pattern, name)] for group, pattern in self.groups.items()
-        }
+        names = trained_names(pl_module)
+        self._members = {group: selected(pattern, names) for group, pattern in self.groups.items()}
         if empty := [group for group, members in self._members.items() if not members]:
-            raise MisconfigurationError(
-                f"the group `{self.groups[empty[0]]}` selects no trained parameter of {type(pl_module).__name__}: pass"
-                f" a prefix such as `{names[0].partition('.')[0]}`, or a pattern with `*`."
-            )
+            raise none_selected("the group", self.groups[empty[0]], pl_module, names)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure and log before anything is clipped; nothing is read back."""
@@ -168,7 +162,3 @@ class GradientNormMonitor(TrickCallback):
     def _restore(self, state: dict[str, Any]) -> None:
         for index, series in state["series"].items():
             self._of(index).load_state_dict(series)
-
-
-def _is_in(pattern: str, name: str) -> bool:
-    return fnmatchcase(name, pattern) if is_glob(pattern) else name == pattern or name.startswith(f"{pattern}.")

@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_tricks.callbacks._base import TrickCallback, is_dry_run, writable_folder
 from lightning_tricks.callbacks._batch_file import write_batches
-from lightning_tricks.callbacks._schedules import HeldSchedules
 from lightning_tricks.callbacks._window import Statistics, Window, where
-from lightning_tricks.engines import InUse, Rule, Situation, Trick
+from lightning_tricks.engines import HeldSchedules, InUse, Rule, Situation, Trick
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, NonFiniteError
 
 __all__ = ["NonFiniteGuard"]

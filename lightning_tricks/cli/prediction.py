@@ -3,9 +3,10 @@
 import csv
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +23,7 @@ from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.recipes import TextClassifier
 from lightning_tricks.recipes._encoders import encoder_source
 
-__all__ = ["load_classifier", "predict", "probabilities"]
+__all__ = ["build_classifier", "load_classifier", "predict", "probabilities"]
 
 SHOWN = 50  # rows of the table on the terminal
 
@@ -57,6 +58,22 @@ def load_classifier(path: str | Path) -> TextClassifier:
         CheckpointError: if it is not there, incomplete, or of another kind of model.
     """
     checkpoint = read_checkpoint(Path(path))
+    model = build_classifier(checkpoint, path)
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()
+
+
+def build_classifier(checkpoint: Mapping[str, Any], path: str | Path) -> TextClassifier:
+    """A new classifier with the hyper-parameters of a checkpoint, on the base that it was trained on.
+
+    Args:
+        checkpoint: what it holds.
+        path: its path, for messages.
+
+    Raises:
+        CheckpointError: if it is of another kind of model.
+    """
     options = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name != "_instantiator"}
     package, name = options.pop("_class_path", "lightning_tricks.recipes.TextClassifier").rsplit(".", 1)
     kind = getattr(import_module(package), name)
@@ -66,9 +83,7 @@ def load_classifier(path: str | Path) -> TextClassifier:
             "use `lightning-tricks predict --config CONFIG --ckpt_path PATH`."
         )
     model: TextClassifier = kind(**options)
-    model.on_load_checkpoint(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
-    return model.eval()
+    return model
 
 
 def probabilities(model: TextClassifier, texts: Sequence[str], *, max_length: int, batch_size: int = 32) -> Tensor:

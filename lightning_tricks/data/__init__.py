@@ -2,6 +2,7 @@
 
 from lightning_tricks.data.bucketing import bucketed
 from lightning_tricks.data.class_balance import ClassBalancedSampler
+from lightning_tricks.data.class_counts import count_classes
 from lightning_tricks.data.collating import DynamicPaddingCollator
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.lengths import measure_lengths
@@ -20,6 +21,7 @@ __all__ = [
     "SequencePacker",
     "TricksDataLoader",
     "bucketed",
+    "count_classes",
     "measure_lengths",
     "report",
 ]

@@ -1,6 +1,8 @@
 """The seam: what a trick may ask of whatever strategy trains."""
 
 from lightning_tricks.engines._allowed import allow_hyper_parameters
+from lightning_tricks.engines._aside import aside, is_aside
+from lightning_tricks.engines._average import average_stored, newest_of, refuse_other_meaning, refuse_other_weights
 from lightning_tricks.engines._capabilities import Capability, Refusal, capabilities
 from lightning_tricks.engines._check import check, check_before_fit
 from lightning_tricks.engines._consolidate import consolidate
@@ -13,10 +15,13 @@ from lightning_tricks.engines._read import read_checkpoint
 from lightning_tricks.engines._report import Finding, Report
 from lightning_tricks.engines._rules import rival
 from lightning_tricks.engines._saving import save_safely
+from lightning_tricks.engines._schedules import HeldSchedules
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._shards import Shard
+from lightning_tricks.engines._stored import Stored, open_checkpoint, write_checkpoint
 from lightning_tricks.engines._tricks import InUse, Rule, Situation, Trick
 from lightning_tricks.engines._whole import whole
+from lightning_tricks.engines._zero_files import Whole
 from lightning_tricks.engines._zero_strategy import ZeroStrategy
 
 __all__ = [
@@ -26,6 +31,7 @@ __all__ = [
     "Engine",
     "FSDP2Strategy",
     "Finding",
+    "HeldSchedules",
     "InUse",
     "Memory",
     "Precisions",
@@ -34,9 +40,13 @@ __all__ = [
     "Rule",
     "Shard",
     "Situation",
+    "Stored",
     "Trick",
+    "Whole",
     "ZeroStrategy",
     "allow_hyper_parameters",
+    "aside",
+    "average_stored",
     "capabilities",
     "check",
     "check_before_fit",
@@ -44,9 +54,15 @@ __all__ = [
     "engine_of",
     "gather_over_ranks",
     "inspect_checkpoint",
+    "is_aside",
+    "newest_of",
+    "open_checkpoint",
     "ranks",
     "read_checkpoint",
+    "refuse_other_meaning",
+    "refuse_other_weights",
     "rival",
     "save_safely",
     "whole",
+    "write_checkpoint",
 ]

@@ -1,5 +1,6 @@
 """What all engines share about gradients: the claim on clipping, one norm a step, a veto once a step."""
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._clipping import options_that_clip
 from lightning_tricks.engines._live import LiveEngine
+from lightning_tricks.engines._units import Limits
 from lightning_tricks.engines._weights import Entry
 from lightning_tricks.errors import MisconfigurationError
 
@@ -91,10 +93,41 @@ class BaseEngine(LiveEngine, ABC):
         """Scale this step's gradients by `min(1, limit / norm)`."""
         self._clip(optimizer, self.gradient_norm(optimizer), limit)
 
-    def clip_gradient_value(self, optimizer: Optimizer, limit: float) -> Tensor:
+    def clip_gradient_value(self, optimizer: Optimizer, limit: float, names: Sequence[str] | None = None) -> Tensor:
         """Clamp this step's gradients."""
         self.gradient_norm(optimizer)  # whoever asks later in this step gets the norm of the gradients as they were
-        return self._clip_values(optimizer, limit)
+        return self._clip_values(optimizer, self._named(names), limit)
+
+    def clip_gradient_units(
+        self, optimizer: Optimizer, ratio: float, floor: float, names: Sequence[str] | None = None
+    ) -> Tensor:
+        """Scale each unit's gradient to its weights."""
+        self.gradient_norm(optimizer)
+        return self._clip_units(optimizer, self._named(names), Limits(ratio, floor))
+
+    def scale_gradient_groups(
+        self, optimizer: Optimizer, factors: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Multiply the gradients of each group."""
+        self.gradient_norm(optimizer)
+        members = dict(zip(groups, self._members(groups), strict=True))
+        self._scale_groups(optimizer, [(members[group], factor) for group, factor in factors.items()])
+
+    def _named(self, names: Sequence[str] | None) -> list[Tensor]:
+        """The parameters of these names, or all that are trained; each once."""
+        if names is not None:
+            return self._members({"": names})[0]
+        return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+
+    def scale_gradients(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply this step's gradients, and the norm if it is known already."""
+        _refuse_closures(optimizer)
+        if not 0 < factor < math.inf:
+            raise MisconfigurationError(f"`factor` must be a finite number above 0, got {factor}.")
+        known, norm = self._norms.get(optimizer, (-1, None))
+        if norm is not None and known == self._trainer.global_step:
+            self._norms[optimizer] = (known, norm * factor)
+        self._scale(optimizer, factor)
 
     def veto_step(self, optimizer: Optimizer) -> None:
         """Drop this step, once, on all ranks."""
@@ -123,7 +156,16 @@ class BaseEngine(LiveEngine, ABC):
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None: ...
 
     @abstractmethod
-    def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor: ...
+    def _clip_values(self, optimizer: Optimizer, parameters: list[Tensor], limit: float) -> Tensor: ...
+
+    @abstractmethod
+    def _clip_units(self, optimizer: Optimizer, parameters: list[Tensor], limits: Limits) -> Tensor: ...
+
+    @abstractmethod
+    def _scale_groups(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None: ...
+
+    @abstractmethod
+    def _scale(self, optimizer: Optimizer, factor: float) -> None: ...
 
     @abstractmethod
     def _veto(self, optimizer: Optimizer) -> None: ...

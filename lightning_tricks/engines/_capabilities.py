@@ -10,7 +10,8 @@ __all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capa
 _TORCH = ("one_device", "ddp", "fsdp2", "fsdp1")
 _ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*_TORCH, *_ZERO)
-_NORMS = ("clip_gradient_norm", "clip_gradient_value", "gradient_norm", "gradient_norms", "veto_step")
+_EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradient_groups")
+_NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "scale_gradients", "veto_step")
 _SHARDS = ("load_shards", "named_shards", "put_shards", "save_shards")
 _WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
 _ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
@@ -73,13 +74,21 @@ REFUSALS = {
         "a fused {optimizer} unscales its gradients inside its step",
         "pass `fused=False` to the optimizer, or use `precision='bf16-mixed'`",
     ),
-    "value": Refusal(
-        _ZERO,
-        ("clip_gradient_value",),
-        "Clipping by value",
-        "{engine}",
-        "DeepSpeed's step clips by the norm only",
-        "clip by the norm, or use `strategy='fsdp2'`",
+    "sparse_units": Refusal(
+        ("one_device", "ddp"),
+        ("clip_gradient_units",),
+        "Clipping units",
+        "{engine} with sparse gradients",
+        "a unit of such a gradient may lie in several pieces",
+        "leave `sparse=True` out of the embedding, or exclude it",
+    ),
+    "nvme_gradients": Refusal(
+        ("zero_3",),
+        _EDITS,
+        "Clipping parts of the gradients",
+        "zero_3 that swaps to NVMe",
+        "the gradients are swapped out before the step",
+        "clip the norm of the whole, or offload to the CPU",
     ),
     "no_norm": Refusal(
         ("zero_1", "zero_2"),
@@ -199,7 +208,28 @@ _METHODS = {
         "yes",
         "clamps gradients in place",
         "clamps shards in place, and asks all ranks whether it did",
-        "refused",
+        "clamps the fp32 gradients within the step, and asks all ranks whether it will",
+    ),
+    "clip_gradient_units": (
+        "before a step",
+        "yes",
+        "scales rows in place",
+        "shards' squares summed in fp64, in one reduction",
+        "squares summed likewise; scales the fp32 gradients within the step",
+    ),
+    "scale_gradient_groups": (
+        "before a step",
+        "all ranks alike",
+        "in place",
+        "shards in place",
+        "the fp32 gradients, within the step",
+    ),
+    "scale_gradients": (
+        "before a step",
+        "yes",
+        "multiplies gradients in place",
+        "multiplies shards in place",
+        "multiplies the fp32 gradients within the step, before it clips",
     ),
     "veto_step": (
         "before a step",

@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO 1-3: fp32 masters in flat pieces, and a norm that is read before the step that uses it.
 
-DeepSpeed's private attributes are touched here and in the files `_zero_*.py` only; those of its optimizers are listed
-in `_zero_step.PRIVATE` and `_zero_manual.PRIVATE`, which a test compares with the DeepSpeed installed.
+DeepSpeed's private attributes are touched here and in the files `_zero_*.py` only; `_zero_private.py` lists them all.
 """
 
 import math
@@ -18,12 +17,15 @@ from lightning_tricks.engines import _zero_facts
 from lightning_tricks.engines._base import BaseEngine, Entry
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._clipping import deepspeed_config
+from lightning_tricks.engines._gradients import exceeds
 from lightning_tricks.engines._live import Held, elements
-from lightning_tricks.engines._zero_step import PRIVATE, StepGradients
+from lightning_tricks.engines._units import Limits, Stretch, Units, share
+from lightning_tricks.engines._zero_parts import Part
+from lightning_tricks.engines._zero_step import StepGradients
 from lightning_tricks.errors import UnsupportedError
 from lightning_tricks.storage import WeightsFile
 
-__all__ = ["PRIVATE", "DeepSpeedEngine", "full_value"]
+__all__ = ["DeepSpeedEngine", "full_value"]
 
 
 class DeepSpeedEngine(BaseEngine):
@@ -53,8 +55,40 @@ class DeepSpeedEngine(BaseEngine):
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         self._step_gradients().clip(float(limit) if bool(norm.isfinite()) else 0.0)
 
-    def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor:
-        raise refusal("value", engine=self.name)
+    def _clip_values(self, optimizer: Optimizer, parameters: list[Tensor], limit: float) -> Tensor:
+        gradients = self._step_gradients()
+        chosen = _parts_of(gradients, parameters)
+        outside = exceeds([part.gradient for part in chosen], limit * gradients.divisor(), self._device)
+        gradients.edit(lambda index, flat: _each(chosen, index, flat, lambda _, own: own.clamp_(-limit, limit)))
+        return (self.sum_over_ranks(outside) > 0).float()
+
+    def _clip_units(self, optimizer: Optimizer, parameters: list[Tensor], limits: Limits) -> Tensor:
+        gradients = self._step_gradients()
+        numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+        chosen = _parts_of(gradients, parameters)
+        none = torch.empty(0)
+        stretches = [Stretch(none, none, 0, self._layout(parameter)[1]) for parameter in parameters]
+        for part in chosen:
+            number = numbers[id(part.parameter)]
+            stretches[number] = Stretch(part.weight, part.gradient, part.start, stretches[number].shape)
+        units = Units(stretches, limits, self._device, self.sum_over_ranks, gradients.divisor())
+        gradients.edit(
+            lambda index, flat: _each(
+                chosen, index, flat, lambda part, own: units.scale(numbers[id(part.parameter)], own, part.start)
+            )
+        )
+        return share([(units.clipped, units.count)], self._device)
+
+    def _scale_groups(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None:
+        gradients = self._step_gradients()
+        for parameters, factor in groups:
+            self._scale_group(gradients, _parts_of(gradients, parameters), factor)
+
+    def _scale_group(self, gradients: StepGradients, chosen: list[Part], factor: Tensor) -> None:
+        gradients.edit(lambda index, flat: _each(chosen, index, flat, lambda _, own: own.mul_(factor.to(own.device))))
+
+    def _scale(self, optimizer: Optimizer, factor: float) -> None:
+        self._step_gradients().scale(factor)
 
     def _veto(self, optimizer: Optimizer) -> None:
         self._step_gradients().veto()
@@ -156,6 +190,18 @@ class DeepSpeedEngine(BaseEngine):
 
     def _reduction(self) -> tuple[torch.dtype, ...]:
         return _zero_facts.reduction(self._live)
+
+
+def _parts_of(gradients: StepGradients, parameters: list[Tensor]) -> list[Part]:
+    wanted = {id(parameter) for parameter in parameters}
+    return [part for part in gradients.parts() if id(part.parameter) in wanted]
+
+
+def _each(chosen: list[Part], index: int, flat: Tensor, change: Callable[[Part, Tensor], object]) -> None:
+    """Change the stretches that lie in one flat piece."""
+    for part in chosen:
+        if part.piece == index:
+            change(part, flat.view(-1).narrow(0, part.place, part.weight.numel()))
 
 
 def full_value(parameter: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """FSDP1, Lightning's `FSDPStrategy`: a unit's parameters lie end to end in a flat one, which is cut anywhere."""
 
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_tricks.engines._facts import by_elements, short
 from lightning_tricks.engines._gradients import gradients_of, group_norms
 from lightning_tricks.engines._live import Held
 from lightning_tricks.engines._plain import PlainEngine
+from lightning_tricks.engines._units import Limits, Stretch, Units
 from lightning_tricks.storage import WeightsFile
 
 __all__ = ["FSDP1Engine"]
@@ -65,14 +67,29 @@ class FSDP1Engine(PlainEngine):
         for sharing in {id(place.group): place.group for place in self._places().values()}.values():
             parts = [[p.grad for p in own if id(p.grad) in ours and self._sharing(p) is sharing] for own in groups]
             found = [[part for part in own if part is not None] for own in parts]
-            squares = group_norms(found, self._device).double().square()
-            if sharing is not None:
-                torch.distributed.all_reduce(squares, group=sharing)
-            total += squares
+            total += _summed(group_norms(found, self._device).double().square(), sharing)
         return total.sqrt().float()
 
-    def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor:
-        return (self.sum_over_ranks(super()._clip_values(optimizer, limit)) > 0).float()
+    def _clip_values(self, optimizer: Optimizer, parameters: list[Tensor], limit: float) -> Tensor:
+        return (self.sum_over_ranks(super()._clip_values(optimizer, parameters, limit)) > 0).float()
+
+    def _clip_own_units(self, parameters: list[Tensor], limits: Limits) -> list[tuple[Tensor, int]]:
+        """A unit may begin on one rank and end on another: squares are summed, once for each group of ranks."""
+        found = []
+        for sharing in {id(place.group): place.group for place in self._places().values()}.values():
+            own = [parameter for parameter in parameters if self._sharing(parameter) is sharing]
+            stretches = [self._stretch(parameter) for parameter in own]
+            units = Units(stretches, limits, self._device, functools.partial(_summed, group=sharing))
+            for index, stretch in enumerate(stretches):
+                units.scale(index, stretch.gradient, stretch.start)
+            found.append((units.clipped, units.count))
+        return found
+
+    def _stretch(self, parameter: Tensor) -> Stretch:
+        place, none = self._places()[id(parameter)], parameter.detach().new_empty(0)
+        if parameter.grad is None:
+            return Stretch(none, none, 0, place.shape)
+        return Stretch(parameter.detach().view(-1), parameter.grad.view(-1), place.start, place.shape)
 
     def _sharing(self, parameter: Tensor) -> Any:
         """The ranks among which a parameter with a gradient is cut."""
@@ -146,3 +163,10 @@ class FSDP1Engine(PlainEngine):
         policies = [flat.private(unit, "mixed_precision") for unit in flat.units(self._root)[:1]]
         low = [policy.param_dtype for policy in policies if policy.cast_root_forward_inputs and policy.param_dtype]
         return [f"the root casts its float inputs to {short(dtype)}" for dtype in low if dtype != torch.float32]
+
+
+def _summed(values: Tensor, group: Any) -> Tensor:
+    """Added up in place over the ranks of a group; None: each holds the whole."""
+    if group is not None:
+        torch.distributed.all_reduce(values, group=group)
+    return values

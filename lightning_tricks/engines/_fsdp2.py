@@ -1,5 +1,6 @@
 """FSDP2: each parameter and its gradient is a DTensor, cut along its first dimension."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from lightning_tricks.engines._base import Entry
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._facts import by_elements, short, within
+from lightning_tricks.engines._gradients import sum_over_shards
 from lightning_tricks.engines._live import Held
 from lightning_tricks.engines._plain import PlainEngine
+from lightning_tricks.engines._units import Limits, Stretch, Units, clip_whole_units
 from lightning_tricks.storage import WeightsFile
 
 __all__ = ["FSDP2Engine", "place"]
@@ -34,6 +37,30 @@ class FSDP2Engine(PlainEngine):
         for module in self._module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation may have left whole parameters behind
+
+    def _clip_own_units(self, parameters: list[Tensor], limits: Limits) -> list[tuple[Tensor, int]]:
+        """Rows lie whole on one rank, but a vector is cut: so squares are summed over the ranks, once for a layout."""
+        alike: dict[Any, list[Any]] = {}
+        for own in parameters:
+            layout = (own.device_mesh, own.placements) if hasattr(own, "placements") else None  # type: ignore[attr-defined]
+            alike.setdefault(layout, []).append(own)
+        found = [clip_whole_units(alike.pop(None, []), limits, self._device)]
+        names = {id(parameter): name for name, parameter in self._named_parameters().items()}
+        for group in alike.values():
+            stretches = [self._stretch(Entry(names[id(parameter)], parameter)) for parameter in group]
+            units = Units(stretches, limits, self._device, functools.partial(sum_over_shards, like=group[0]))
+            for index, stretch in enumerate(stretches):
+                units.scale(index, stretch.gradient, stretch.start)
+            found.append((units.clipped, units.count))
+        return found
+
+    def _stretch(self, entry: Entry) -> Stretch:
+        parameter: Any = entry.tensor
+        part = self._part(entry)
+        if part is None or parameter.grad is None:
+            none = parameter.to_local().new_empty(0)
+            return Stretch(none, none, 0, tuple(parameter.shape))
+        return Stretch(part[0], parameter.grad.to_local().view(-1), part[1], tuple(parameter.shape))
 
     def _whole(self, tensor: Any) -> Tensor:
         full: Tensor = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor

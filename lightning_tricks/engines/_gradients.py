@@ -9,7 +9,16 @@ from torch.optim import Optimizer
 
 from lightning_tricks.functional import clip_coefficient
 
-__all__ = ["clamp_values", "global_norm", "gradients_of", "group_norms", "scale_to_norm"]
+__all__ = [
+    "clamp_values",
+    "exceeds",
+    "global_norm",
+    "gradients_of",
+    "group_norms",
+    "multiply",
+    "scale_to_norm",
+    "sum_over_shards",
+]
 
 
 def gradients_of(optimizer: Optimizer) -> list[Tensor]:
@@ -28,7 +37,7 @@ def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     if not any(_is_sharded(gradient) for gradient in gradients):
         return _norm(gradients)
     squares = [
-        _sum_over_shards(_norm(group).double().square().to(device), group[0]) for group in _by_placement(gradients)
+        sum_over_shards(_norm(group).double().square().to(device), group[0]) for group in _by_placement(gradients)
     ]
     return torch.stack(squares).sum().sqrt().float()
 
@@ -45,16 +54,28 @@ def group_norms(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Ten
         members = {id(gradient) for gradient in alike}
         parts = [[gradient for gradient in group if id(gradient) in members] for group in groups]
         squares = [_norm(part).double().square().to(device) if part else total.new_zeros(()) for part in parts]
-        total += _sum_over_shards(torch.stack(squares), alike[0])
+        total += sum_over_shards(torch.stack(squares), alike[0])
     return total.sqrt().float()
 
 
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, limit: float | Tensor) -> None:
     """Scale gradients in place by `min(1, limit / norm)`; by 1 if the norm is not finite."""
-    factor = clip_coefficient(norm, limit).to(norm.dtype)
+    multiply(gradients, clip_coefficient(norm, limit).to(norm.dtype))
+
+
+def multiply(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Scale gradients in place.
+
+    Example:
+        >>> gradients = [torch.tensor([0.5, -3.0]), torch.empty(0)]
+        >>> multiply(gradients, 2.0)
+        >>> gradients[0]
+        tensor([ 1., -6.])
+    """
     parts = [_local(gradient) for gradient in gradients]
     if dense := [part for part in parts if not part.is_sparse]:
-        torch._foreach_mul_(dense, factor.to(dense[0].device))  # offloaded gradients lie on the host
+        near = factor.to(dense[0].device) if isinstance(factor, Tensor) else factor  # offloaded ones lie on the host
+        torch._foreach_mul_(dense, near)
     for part in parts:
         if part.is_sparse:
             part.mul_(factor)
@@ -70,7 +91,7 @@ def clamp_values(gradients: Sequence[Tensor], limit: float, device: torch.device
     """
     outside = torch.zeros((), device=device)
     for alike in _by_placement(gradients):
-        outside = outside + _sum_over_shards(_exceeds(alike, limit).to(device), alike[0])
+        outside = outside + sum_over_shards(exceeds(alike, limit, device), alike[0])
     parts = [_local(gradient) for gradient in gradients]
     if dense := [part for part in parts if not part.is_sparse]:
         torch._foreach_clamp_min_(dense, -limit)
@@ -83,14 +104,15 @@ def clamp_values(gradients: Sequence[Tensor], limit: float, device: torch.device
     return (outside > 0).float()
 
 
-def _exceeds(gradients: Sequence[Tensor], limit: float) -> Tensor:
+def exceeds(gradients: Sequence[Tensor], limit: float, device: torch.device) -> Tensor:
+    """1 on `device` if an element of this rank's parts is outside of `[-limit, limit]`, else 0."""
     parts = [_local(gradient) for gradient in gradients]
     dense = [part.coalesce().values() if part.is_sparse else part for part in parts]
     held = [part for part in dense if part.numel()]  # an empty shard has no largest element
     if not held:
-        return torch.zeros((), device=parts[0].device)
+        return torch.zeros((), device=device)
     largest = torch.stack(torch._foreach_norm(held, torch.inf, dtype=torch.float32))
-    return (largest > limit).any().float()
+    return (largest > limit).any().float().to(device)
 
 
 def _by_placement(gradients: Iterable[Any]) -> list[list[Tensor]]:
@@ -109,7 +131,8 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def _sum_over_shards(value: Tensor, like: Any) -> Tensor:
+def sum_over_shards(value: Tensor, like: Any) -> Tensor:
+    """The sum of a value over the ranks that share a tensor out; the value itself if each holds it whole."""
     if not _is_sharded(like):
         return value
     from torch.distributed.tensor import DTensor, Partial, Replicate

@@ -6,8 +6,16 @@ from torch.optim import Optimizer
 
 from lightning_tricks.engines._base import BaseEngine
 from lightning_tricks.engines._capabilities import refusal
-from lightning_tricks.engines._gradients import clamp_values, global_norm, gradients_of, group_norms, scale_to_norm
+from lightning_tricks.engines._gradients import (
+    clamp_values,
+    global_norm,
+    gradients_of,
+    group_norms,
+    multiply,
+    scale_to_norm,
+)
 from lightning_tricks.engines._steps import watch_steps
+from lightning_tricks.engines._units import Limits, clip_whole_units, share
 
 __all__ = ["PlainEngine"]
 
@@ -26,15 +34,35 @@ class PlainEngine(BaseEngine):
 
     def _group_norms(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> Tensor:
         self._refuse_scaled_gradients(optimizer)
-        ours = {id(gradient) for gradient in gradients_of(optimizer)}
-        found = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
-        return group_norms([[gradient for gradient in group if id(gradient) in ours] for group in found], self._device)
+        return group_norms([self._gradients_of(optimizer, group) for group in groups], self._device)
 
     def _clip(self, optimizer: Optimizer, norm: Tensor, limit: float | Tensor) -> None:
         scale_to_norm(gradients_of(optimizer), norm, limit)
 
-    def _clip_values(self, optimizer: Optimizer, limit: float) -> Tensor:
-        return clamp_values(gradients_of(optimizer), limit, self._device)
+    def _clip_values(self, optimizer: Optimizer, parameters: list[Tensor], limit: float) -> Tensor:
+        return clamp_values(self._gradients_of(optimizer, parameters), limit, self._device)
+
+    def _clip_units(self, optimizer: Optimizer, parameters: list[Tensor], limits: Limits) -> Tensor:
+        own = _trained_by(optimizer, parameters)
+        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in own):
+            raise refusal("sparse_units", engine=self.name)
+        return share(self._clip_own_units(own, limits), self._device)
+
+    def _clip_own_units(self, parameters: list[Tensor], limits: Limits) -> list[tuple[Tensor, int]]:
+        return [clip_whole_units(parameters, limits, self._device)]
+
+    def _scale_groups(self, optimizer: Optimizer, groups: list[tuple[list[Tensor], Tensor]]) -> None:
+        for parameters, factor in groups:
+            multiply(self._gradients_of(optimizer, parameters), factor)
+
+    def _gradients_of(self, optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
+        """The gradients of those parameters that the optimizer trains."""
+        own = _trained_by(optimizer, parameters)
+        return [parameter.grad for parameter in own if parameter.grad is not None]
+
+    def _scale(self, optimizer: Optimizer, factor: float) -> None:
+        self._refuse_scaled_gradients(optimizer)
+        multiply(gradients_of(optimizer), factor)
 
     def _veto(self, optimizer: Optimizer) -> None:
         """Without a gradient, an optimizer leaves a parameter, its moments and its step count alone."""
@@ -69,3 +97,8 @@ class PlainEngine(BaseEngine):
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise refusal("fused_scaler", engine=self.name, optimizer=type(optimizer).__name__)
+
+
+def _trained_by(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
+    ours = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [parameter for parameter in parameters if id(parameter) in ours]

@@ -78,17 +78,79 @@ class Engine(Protocol):
         Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. Collective.
         """
 
-    def clip_gradient_value(self, optimizer: Optimizer, limit: float) -> Tensor:
+    def clip_gradient_value(self, optimizer: Optimizer, limit: float, names: Sequence[str] | None = None) -> Tensor:
         """Bring each element of this step's gradients into `[-limit, limit]`; an infinite one too, but not NaN.
 
         Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. Collective. Costs two
-        passes over this rank's gradients and, on sharded engines, one reduction of a number; waits for nothing.
+        passes over this rank's gradients and, on sharded engines, one reduction of a number; waits for nothing. Under
+        ZeRO the step itself clips, when it has its fp32 gradients; one whose norm is not finite it drops.
+
+        Args:
+            optimizer: whose step follows.
+            limit: the largest absolute value allowed, above 0.
+            names: the parameters, as `named_parameters()` gives them for the plain module; None: all.
 
         Returns:
             Whether an element was outside, on any rank: 1 or 0, fp32, zero-dimensional, the same on every rank.
 
         Raises:
-            UnsupportedError: on ZeRO, whose step takes a limit for the norm alone.
+            MisconfigurationError: if a name is no parameter of the module.
+        """
+
+    def clip_gradient_units(
+        self, optimizer: Optimizer, ratio: float, floor: float, names: Sequence[str] | None = None
+    ) -> Tensor:
+        """Scale each unit's gradient to `ratio * max(norm of its weights, floor)`, if its norm is above that.
+
+        A unit is an index of a weight's first dimension; a vector or a number is one. Weights are the masters. A unit
+        whose gradient or weights are not finite stays as it is.
+
+        Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. Collective. Costs a
+        pass over this rank's weights and two over its gradients and, on sharded engines, one reduction of two numbers
+        for each unit; waits for nothing. Under ZeRO the step itself clips, when it has its fp32 gradients.
+
+        Args:
+            optimizer: whose step follows.
+            ratio: of the norms, above 0.
+            floor: what the norm of a unit's weights counts as at least, above 0.
+            names: the parameters, as `named_parameters()` gives them for the plain module; None: all.
+
+        Returns:
+            The share of units that were scaled: fp32, zero-dimensional, the same on every rank.
+
+        Raises:
+            MisconfigurationError: if a name is no parameter of the module.
+        """
+
+    def scale_gradient_groups(
+        self, optimizer: Optimizer, factors: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Multiply the gradients of groups of parameters, each by its factor.
+
+        Live, inside `on_before_optimizer_step` of a real step, after `claim_gradient_clipping`. On every rank, with the
+        same factors. Costs one pass over this rank's gradients; waits for nothing. Under ZeRO the step itself does it,
+        when it has its fp32 gradients. A norm that is asked for later in this step is that before.
+
+        Args:
+            optimizer: whose step follows. Parameters of another one stay as they are.
+            factors: a zero-dimensional tensor for each group that is to change.
+            groups: a list of parameter names for each group, as in `gradient_norms`.
+
+        Raises:
+            MisconfigurationError: if a name is no parameter of the module.
+        """
+
+    def scale_gradients(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply this step's gradients by `factor`, on all ranks alike. Norms and clipping go by the product.
+
+        For what is known only once a window is complete, such as how many tokens it held. Twice in a step multiplies.
+
+        Live, inside `on_before_optimizer_step` of a real step, before anything is clipped in it. Collective: the same
+        factor on every rank. Costs one pass over this rank's gradients, which ZeRO does in
+        fp32 within its step.
+
+        Raises:
+            MisconfigurationError: if `factor` is not a finite number above 0.
         """
 
     def veto_step(self, optimizer: Optimizer) -> None:

@@ -17,7 +17,7 @@ from lightning_tricks.engines._zero_files import model_files, of_zero, zero_fold
 from lightning_tricks.errors import CheckpointError
 from lightning_tricks.storage import WeightsFile
 
-__all__ = ["explained", "fsdp2_entries", "fsdp2_reader", "read_checkpoint"]
+__all__ = ["explained", "fsdp2_entries", "fsdp2_reader", "load_rest", "read_checkpoint"]
 
 _FSDP2 = "state_dict."
 _DESCRIPTIONS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
@@ -70,6 +70,20 @@ def explained(path: Path) -> Iterator[None]:
             f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): it is truncated, incomplete or not"
             " a checkpoint. Use another one, or save this one again."
         ) from error
+
+
+def load_rest(path: Path) -> dict[str, Any]:
+    """What lies beside the weights in a checkpoint of any engine. The weights are mapped at most, and not read."""
+    if path.suffix == ".safetensors":
+        metadata = WeightsFile(path).metadata
+        step = metadata.get("step", metadata.get("global_step", ""))
+        return {**metadata, "global_step": int(step)} if step.isdigit() else dict(metadata)
+    if path.is_file():
+        return {name: value for name, value in _load(path, mmap=True).items() if name != "state_dict"}
+    if (path / ".metadata").exists():
+        return _load(path / "meta.pt")
+    rest = _load(model_files(zero_folder(path))[0], mmap=True)
+    return {name: value for name, value in rest.items() if name != "module"}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -154,8 +168,7 @@ def _refuse_short_files(path: Path, pieces: Iterable[Any]) -> None:
 def _read_zero(path: Path) -> dict[str, Any]:
     """The rest lies beside the module, which is mapped and not read: its weights come from the fp32 masters."""
     state = {name: found.read() for name, found in of_zero(path).items()}
-    rest = _load(model_files(zero_folder(path))[0], mmap=True)
-    return {**{name: value for name, value in rest.items() if name != "module"}, "state_dict": state}
+    return {**load_rest(path), "state_dict": state}
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ RULES = (
         when=lambda now, _: _yes(now.zero and now.trainer.gradient_clip_algorithm == "value"),
         verdict="refused",
         words="`gradient_clip_algorithm='value'` cannot be had on {engine}, since DeepSpeed clips by the norm only",
-        remedy="clip by the norm, or use `strategy='fsdp2'`",
+        remedy="use the callback GradientClipping(Value(...)), or clip by the norm",
     ),
     Rule(
         who="gradient_clip_val",
@@ -200,7 +200,7 @@ CIRCUMSTANCES: Mapping[str, tuple[Known, Callable[[Situation, InUse], Answer]]] 
     "closure": ("built", _lbfgs),
     "fused_scaler": ("built", _fused),
     "nvme": ("setup", _on_nvme),
-    "value": ("setup", lambda situation, _: {"engine": situation.engine}),
+    "nvme_gradients": ("setup", _on_nvme),
 }
 
 _GENERIC = {"trick": "…", "other": "…", "engine": "…", "dtype": "bf16 or fp16", "mixed": "…-mixed"}

@@ -5,10 +5,7 @@ from typing import Any
 
 from lightning_tricks.errors import UnsupportedError
 
-__all__ = ["ENGINE_PRIVATE", "PRIVATE", "ManualWindow"]
-
-PRIVATE = ("clear_backward_seen_flag", "finalize_gradient_accumulation_boundary")
-ENGINE_PRIVATE = ("_flush_coalesced_reduction_zero12", "set_gradient_accumulation_boundary")
+__all__ = ["ManualWindow"]
 
 
 class ManualWindow:
@@ -28,7 +25,6 @@ class ManualWindow:
         self.engine = engine
         self._stage = stage
         self._backwards = 0
-        _refuse_other_deepspeeds(engine)
         for wrapper in wrappers:
             wrapper.zero_grad = self._zero_grad
 
@@ -58,17 +54,3 @@ class ManualWindow:
             )
         self.engine.optimizer.zero_grad(set_to_none)
         self._backwards = 0
-
-
-def _refuse_other_deepspeeds(engine: Any) -> None:
-    missing = [f"optimizer.{name}" for name in PRIVATE if not hasattr(engine.optimizer, name)]
-    missing += [f"engine.{name}" for name in ENGINE_PRIVATE if not hasattr(engine, name)]
-    if missing:
-        import deepspeed
-
-        raise UnsupportedError(
-            "Manual optimisation",
-            f"DeepSpeed {deepspeed.__version__}",
-            f"it has no `{missing[0]}`",
-            "install the DeepSpeed of constraints.txt",
-        )

@@ -1,6 +1,7 @@
 """What a ZeRO optimizer does with its gradients in the coming step: read before it, and steered within it."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,26 +9,12 @@ from torch import Tensor
 
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
+from lightning_tricks.engines._zero_parts import Edit, Part, paired, parts, piece
 
-__all__ = ["PRIVATE", "StepGradients"]
+__all__ = ["StepGradients"]
 
-PRIVATE = {
-    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
-        "_update_scale",
-        "get_param_id",
-        "scaled_global_norm",
-        "update_lp_params",
-    ),
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
-        "_get_norm_groups",
-        "_partition_all_parameters",
-        "_reassign_or_swap_out_partitioned_parameters",
-        "_update_scale",
-        "get_param_id",
-        "invalidate_secondary_tensor",
-    ),
-    "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": ("partition_all_parameters",),
-}
+
+_SCALE = ("custom_loss_scaler", "external_loss_scale")  # attributes: a scale that overrules the optimizer's own
 
 
 class StepGradients:
@@ -50,10 +37,16 @@ class StepGradients:
         self._compute = _private(self._optimizer, method)
         self._update_scale = _private(self._optimizer, "_update_scale")
         _refuse_steps_without_a_norm(self._optimizer)
+        self._unscale = _private(self._optimizer, "unscale_and_clip_grads")
+        for name in _SCALE:
+            _private(self._optimizer, name)
         setattr(self._optimizer, method, self._within_step)
+        self._optimizer.unscale_and_clip_grads = self._unscaled
         self._optimizer._update_scale = self._after_norm
         self._known: tuple[int, Any] = (-1, None)
         self._limit: tuple[int, float] = (-1, 0.0)
+        self._factor: tuple[int, float] = (-1, 1.0)
+        self._edits: tuple[int, list[Edit]] = (-1, [])
         self._vetoed = -1
         self._restore: dict[str, Any] | None = None
 
@@ -66,7 +59,7 @@ class StepGradients:
 
             result = combine_grad_norm_groups(result)
         scaled = torch.as_tensor(result).float().reshape(())
-        return torch.where(scaled < 0, torch.nan, scaled) / float(self._optimizer.loss_scale)
+        return torch.where(scaled < 0, torch.nan, scaled) / self.divisor()
 
     def group_norms(self, groups: list[list[Tensor]], device: torch.device) -> Tensor:
         """The unscaled norm of each group of parameters, in one reduction."""
@@ -74,7 +67,7 @@ class StepGradients:
         found = [[parts[id(parameter)] for parameter in group if id(parameter) in parts] for group in groups]
         none = torch.zeros((), dtype=torch.float64, device=device)
         squares = [torch.stack(group).double().square().sum().to(device) if group else none for group in found]
-        return (sum_over_ranks(torch.stack(squares), device).sqrt() / float(self._optimizer.loss_scale)).float()
+        return (sum_over_ranks(torch.stack(squares), device).sqrt() / self.divisor()).float()
 
     def _local_norms(self) -> dict[int, Tensor]:
         """id(parameter) -> the scaled norm of the part of its gradient that this rank holds."""
@@ -85,16 +78,57 @@ class StepGradients:
             keys = {id(parameter): optimizer.get_param_id(parameter) for group in held for parameter in group}
             return {own: torch.as_tensor(known[key]).float() for own, key in keys.items() if key in known}
         pairs = [
-            pair for index, group in enumerate(held) for pair in _paired(group, optimizer.averaged_gradients[index])
+            pair for index, group in enumerate(held) for pair in paired(group, optimizer.averaged_gradients[index])
         ]
         if not pairs:
             return {}
         norms = torch._foreach_norm([gradient for _, gradient in pairs], 2, dtype=torch.float32)
         return {id(parameter): norm for (parameter, _), norm in zip(pairs, norms, strict=True)}
 
+    def parts(self) -> list[Part]:
+        """This rank's stretches of the gradients."""
+        return parts(self._optimizer, self._stage)
+
+    def edit(self, edit: Edit) -> None:
+        """Let the coming step, and only that one, change each flat piece of unscaled fp32 gradients in place."""
+        step = self.engine.global_steps
+        self._edits = (step, [*(self._edits[1] if self._edits[0] == step else []), edit])
+
+    def _unscaled(self, gradients: Any, total_norm: Any) -> None:
+        """DeepSpeed's last act before it steps a piece; stage 3 names its number, the others give the piece itself."""
+        with self._divided():
+            self._unscale(gradients, total_norm)
+        step, edits = self._edits
+        if step == self.engine.global_steps:
+            index, flat = piece(self._optimizer, self._stage, gradients)
+            for edit in edits:
+                edit(index, flat)
+
     def clip(self, limit: float) -> None:
         """Let the coming step clip at `limit`, and only that one."""
         self._limit = (self.engine.global_steps, limit)
+
+    def scale(self, factor: float) -> None:
+        """Let the coming step multiply gradients by `factor`, before it clips them."""
+        self._factor = (self.engine.global_steps, self._present_factor() * factor)
+
+    def _present_factor(self) -> float:
+        return self._factor[1] if self._factor[0] == self.engine.global_steps else 1.0
+
+    def divisor(self) -> float:
+        """What the gradients held are divided by in the coming step."""
+        return float(self._optimizer.loss_scale) / self._present_factor()
+
+    @contextmanager
+    def _divided(self) -> Iterator[None]:
+        """The step divides its fp32 gradients by the loss scale, and clips: it is given one that holds the factor."""
+        kept = {name: getattr(self._optimizer, name) for name in _SCALE}
+        self._optimizer.custom_loss_scaler, self._optimizer.external_loss_scale = True, self.divisor()
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self._optimizer, name, value)
 
     def veto(self) -> None:
         """Let the coming step be dropped, and only that one."""
@@ -124,12 +158,6 @@ class StepGradients:
         for name, value in self._restore.items():
             setattr(self._optimizer, name, value)
         self._restore = None
-
-
-def _paired(parameters: list[Any], gradients: list[Any]) -> Iterator[tuple[Any, Tensor]]:
-    """Parameters with their gradients; DeepSpeed puts zeros between them, which it marks, and after them."""
-    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
-    return zip(parameters, real, strict=False)
 
 
 def _private(optimizer: Any, name: str) -> Any:

@@ -47,6 +47,7 @@ from lightning_tricks.engines._zero_file import put_whole, refuse_resuming
 from lightning_tricks.engines._zero_loading import leaves_frozen_out, load_folder
 from lightning_tricks.engines._zero_machine import gloo_only, require_deepspeed, use_cpu
 from lightning_tricks.engines._zero_manual import ManualWindow
+from lightning_tricks.engines._zero_masters import share_memory
 from lightning_tricks.engines._zero_modules import initialize
 from lightning_tricks.engines._zero_optimizer import (
     configured_optimizer,
@@ -54,6 +55,7 @@ from lightning_tricks.engines._zero_optimizer import (
     refuse_optimizer,
     refuse_untrainable,
 )
+from lightning_tricks.engines._zero_private import require
 from lightning_tricks.engines._zero_saving import save_zero
 from lightning_tricks.errors import MisconfigurationError
 
@@ -272,9 +274,14 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         size_buckets(self._config["zero_optimization"], self._given, trained, self.bucket_size, nvme)
         if self.activation_checkpointing is not None:
             checkpoint_blocks(self._required_module, self.activation_checkpointing)
-        return self._initialize(
+        engine, built = self._initialize(
             model, self._config, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
         )
+        stage = self._config["zero_optimization"]["stage"]
+        require(engine, stage)
+        if self._offload.optimizer == "none":
+            share_memory(built, stage)
+        return engine, built
 
     def _initialize_deepspeed_inference(self, model: Module) -> None:
         kept = ["fp16", "bf16"] + ["zero_allow_untested_optimizer", "zero_optimization"] * bool(self.zero_stage_3)

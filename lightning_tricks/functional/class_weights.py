@@ -1,14 +1,13 @@
-"""Class weights from counts, and the two sums of a class-weighted cross-entropy."""
+"""Class weights from counts."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_tricks.errors import MisconfigurationError
 
-__all__ = ["balanced_weights", "weighted_cross_entropy_sums"]
+__all__ = ["balanced_weights", "checked_weights", "effective_number_weights", "inverse_square_root_weights"]
 
 
 def balanced_weights(counts: Sequence[int] | Tensor) -> Tensor:
@@ -37,8 +36,92 @@ def balanced_weights(counts: Sequence[int] | Tensor) -> Tensor:
         King, Zeng: Logistic regression in rare events data (Political Analysis, 2001).
     """
     n = _checked_counts(counts)
-    weights = n.sum() / (len(n) * n)
-    present = n > 0
+    return _finite(n.sum() / (len(n) * n), n)
+
+
+def effective_number_weights(counts: Sequence[int] | Tensor, beta: float) -> Tensor:
+    """Weights by the effective number of examples, `(1 - beta) / (1 - beta ** n_c)`, whose sum is K.
+
+    Examples of a class overlap, so that each further one adds less: from equal weights (`beta` 0) to those inverse to
+    the counts (`beta` towards 1).
+
+    Args:
+        counts: as for `balanced_weights`.
+        beta: in [0, 1); the paper takes 0.9 to 0.9999.
+
+    Returns:
+        Weights of shape (K,), fp32, finite, above 0. A class without an example gets the largest of the others.
+
+    Raises:
+        MisconfigurationError: if `counts` or `beta` is none of that.
+
+    Example:
+        >>> from lightning_tricks.functional import effective_number_weights
+        >>> effective_number_weights([50, 30, 20], 0.9)
+        tensor([0.9459, 0.9827, 1.0713])
+
+    References:
+        Cui et al.: Class-balanced loss based on effective number of samples (CVPR 2019).
+    """
+    if not 0 <= beta < 1:
+        raise MisconfigurationError(f"`beta` must be 0 or more and below 1, got {beta!r}: 0.999 is a good start.")
+    n = _checked_counts(counts)
+    weights = _finite((1 - beta) / (1 - beta**n), n)
+    return weights * (len(n) / weights.sum())
+
+
+def inverse_square_root_weights(counts: Sequence[int] | Tensor) -> Tensor:
+    """Weights inverse to the square root of the counts, whose sum is K: half way to balance, and less noisy.
+
+    Args:
+        counts: as for `balanced_weights`.
+
+    Returns:
+        Weights of shape (K,), fp32, finite, above 0. A class without an example gets the largest of the others.
+
+    Raises:
+        MisconfigurationError: if `counts` is none of that.
+
+    Example:
+        >>> from lightning_tricks.functional import inverse_square_root_weights
+        >>> inverse_square_root_weights([100, 25, 4])
+        tensor([0.3750, 0.7500, 1.8750])
+
+    References:
+        Mahajan et al.: Exploring the limits of weakly supervised pretraining (ECCV 2018), which samples so.
+    """
+    n = _checked_counts(counts)
+    weights = _finite(n.rsqrt(), n)
+    return weights * (len(n) / weights.sum())
+
+
+def checked_weights(weights: Sequence[float] | Tensor, classes: int) -> Tensor:
+    """Weights that a user gives, fp32, of shape (K,).
+
+    Raises:
+        MisconfigurationError: unless they are as many as classes, finite and above 0.
+
+    Example:
+        >>> from lightning_tricks.functional.class_weights import checked_weights
+        >>> checked_weights([1, 2.5], 2)
+        tensor([1.0000, 2.5000])
+    """
+    try:
+        given = torch.as_tensor(weights, device="cpu").to(torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MisconfigurationError(f"`weights` must be numbers, one for each class, got {weights!r}.") from error
+    if given.shape != (classes,):
+        raise MisconfigurationError(f"`weights` must hold one for each of the {classes} classes, got {weights!r}.")
+    if not bool((torch.isfinite(given) & (given > 0)).all()):
+        raise MisconfigurationError(
+            f"`weights` must be finite and above 0, got {weights!r}. To leave a class out, give its targets the value "
+            "of `ignore_index`."
+        )
+    return given
+
+
+def _finite(weights: Tensor, counts: Tensor) -> Tensor:
+    present = counts > 0
     # `torch.tensor` and its kin may be told to make bf16 while an engine builds a model; `.to` may not.
     return torch.where(present, weights, weights[present].max()).to(torch.float32)
 
@@ -58,37 +141,3 @@ def _checked_counts(counts: Sequence[int] | Tensor) -> Tensor:
     if not bool(n.any()):
         raise MisconfigurationError(f"`counts` are all 0, got {counts!r}: {remedy}.")
     return n
-
-
-def weighted_cross_entropy_sums(
-    logits: Tensor, targets: Tensor, weights: Tensor, *, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of the class-weighted mean cross-entropy, as `F.cross_entropy` defines it.
-
-    Their quotient is `F.cross_entropy(logits, targets, weight=weights)`. Over several ranks or micro-batches, the
-    exact mean is the sum of the numerators over the sum of the denominators, not a mean of means. Computed in fp32
-    whatever the precision of the logits.
-
-    Args:
-        logits: scores of shape (N, K, ...), of any floating precision.
-        targets: class indices of shape (N, ...), in [0, K) or equal to `ignore_index`.
-        weights: one weight per class, of shape (K,), above 0.
-        ignore_index: the target that is left out of both sums.
-
-    Returns:
-        The weighted sum of losses (with gradient) and the sum of the weights of the targets (without), both fp32 and
-        zero-dimensional. With no valid target both are 0, and the first still has a gradient of zeros.
-
-    Example:
-        >>> import torch
-        >>> from lightning_tricks.functional import weighted_cross_entropy_sums
-        >>> logits, targets = torch.zeros(3, 2), torch.tensor([0, 1, -100])
-        >>> weighted_cross_entropy_sums(logits, targets, torch.tensor([1.0, 3.0]))
-        (tensor(2.7726), tensor(4.))
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        weights = weights.detach().to(logits.device, torch.float32)
-        numerator = F.cross_entropy(logits.float(), targets, weight=weights, reduction="sum", ignore_index=ignore_index)
-    valid = targets != ignore_index
-    denominator = (weights[targets.masked_fill(~valid, 0)] * valid).sum()
-    return numerator, denominator

@@ -1,9 +1,9 @@
-"""The factor by which clipping scales gradients."""
+"""The factors by which clipping scales gradients."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["clip_coefficient"]
+__all__ = ["clip_coefficient", "unit_coefficients"]
 
 
 def clip_coefficient(norm: Tensor, limit: float | Tensor) -> Tensor:
@@ -33,3 +33,31 @@ def clip_coefficient(norm: Tensor, limit: float | Tensor) -> Tensor:
     usable = torch.isfinite(norm) & (norm > 0)
     ratio = limit / torch.where(usable, norm, torch.ones_like(norm))
     return torch.where(usable, ratio.clamp(max=1.0), torch.ones_like(norm))
+
+
+def unit_coefficients(weight_norms: Tensor, gradient_norms: Tensor, *, ratio: float, floor: float = 1e-3) -> Tensor:
+    """The factors of adaptive gradient clipping: each unit's `min(1, ratio * max(weight norm, floor) / gradient norm)`.
+
+    A gradient norm that is zero, or one of both that is not finite, gives 1. Nothing waits for the device.
+
+    Args:
+        weight_norms: 2-norms of the units' weights, of any shape.
+        gradient_norms: 2-norms of their gradients, of the same shape.
+        ratio: the largest ratio of the two allowed, above 0.
+        floor: what a weight norm counts as at least, so that units that start at zero can learn.
+
+    Returns:
+        A tensor in (0, 1] of the same shape.
+
+    Example:
+        >>> import torch
+        >>> from lightning_tricks.functional import unit_coefficients
+        >>> unit_coefficients(torch.tensor([2.0, 0.0, 2.0]), torch.tensor([4.0, 1.0, 0.01]), ratio=0.01)
+        tensor([5.0000e-03, 1.0000e-05, 1.0000e+00])
+
+    References:
+        Brock, De, Smith, Simonyan: High-Performance Large-Scale Image Recognition Without Normalization (ICML 2021).
+    """
+    largest = ratio * weight_norms.clamp(min=floor)
+    usable = torch.isfinite(gradient_norms) & torch.isfinite(largest) & (gradient_norms > largest)
+    return torch.where(usable, largest / gradient_norms, torch.ones_like(gradient_norms))

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lightning_tricks.layers.lora_linear import LoRALinear
+from lightning_tricks.layers.adapted import AdaptedLayer
 
 __all__ = ["leave_fast_path"]
 
@@ -26,7 +26,7 @@ def leave_fast_path(module: nn.Module) -> None:
         0
     """
     for inner in module.modules():
-        adapted = any(isinstance(m, LoRALinear) for m in inner.modules())
+        adapted = any(isinstance(m, AdaptedLayer) for m in inner.modules())
         if adapted and isinstance(inner, nn.TransformerEncoderLayer):
             inner.activation_relu_or_gelu = 0
         if adapted and isinstance(inner, nn.TransformerEncoder):

@@ -1,22 +1,20 @@
-"""A linear layer with a low-rank adapter beside its frozen weight."""
+"""A linear layer with low-rank adapters beside its frozen weight."""
 
-import math
-from typing import Self, cast
+from typing import Self
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_tricks.functional import low_rank_update
+from lightning_tricks.functional import dora_linear, low_rank_linear, low_rank_update
+from lightning_tricks.layers.low_rank import LowRank, LowRankLayer
 
 __all__ = ["LoRALinear"]
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(LowRankLayer, nn.Linear):
     """`nn.Linear` whose output is `x @ W.T + b + alpha / rank * (dropout(x) @ A.T) @ B`.
 
-    A new adapter adds exactly nothing: `B` starts at zero. It is kept in fp32 whatever the precision of `W`, and cast
-    to that of the inputs. The names of the base's entries in a state dict (`weight`, `bias`) stay as they are.
+    A new adapter adds exactly nothing. It is kept in fp32 whatever the precision of `W`, and cast to that of the
+    inputs. The names of the base's entries in a state dict (`weight`, `bias`) stay as they are.
 
     Args:
         in_features: size of each input.
@@ -24,7 +22,7 @@ class LoRALinear(nn.Linear):
         bias: whether there is a bias.
         rank: rank of the update, 1 or more; 4 to 64 in practice.
         alpha: the update is scaled by `alpha / rank`; above 0.
-        dropout: probability of dropping an input of the adapter, in [0, 1).
+        dropout: probability of dropping an input of the adapter, in [0, 1), rounded to a multiple of 1/256.
 
     Attributes:
         lora_A: the first factor, of shape (rank, in_features).
@@ -45,9 +43,7 @@ class LoRALinear(nn.Linear):
 
     lora_A: nn.Parameter  # noqa: N815  (the names that adapter files use)
     lora_B: nn.Parameter  # noqa: N815
-    lora_rank: int
-    lora_alpha: float
-    lora_dropout: float
+    transposed = False  # whether the weight is (in_features, out_features)
 
     def __init__(
         self,
@@ -59,8 +55,9 @@ class LoRALinear(nn.Linear):
         alpha: float = 16.0,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(in_features, out_features, bias)
-        self._add_adapter(rank, alpha, dropout)
+        nn.Linear.__init__(self, in_features, out_features, bias)
+        self._begin()
+        self.add_adapter("default", LowRank(rank, float(alpha), dropout))
 
     @classmethod
     def extend(cls, layer: nn.Linear, *, rank: int, alpha: float, dropout: float = 0.0) -> Self:
@@ -72,28 +69,32 @@ class LoRALinear(nn.Linear):
             alpha: as in the class.
             dropout: as in the class.
         """
-        layer.__class__ = cls
-        extended = cast(Self, layer)
-        extended._add_adapter(rank, alpha, dropout)
+        extended = cls.convert(layer)
+        extended.add_adapter("default", LowRank(rank, float(alpha), dropout))
         return extended
 
-    def _add_adapter(self, rank: int, alpha: float, dropout: float) -> None:
-        self.lora_rank, self.lora_alpha, self.lora_dropout = rank, float(alpha), dropout
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.empty(rank, self.out_features, device=device, dtype=torch.float32))
-        self.reset_adapter()
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the first adapter."""
+        return next(iter(self.adapters.values())).rank
 
-    def reset_adapter(self) -> None:
-        """Start the adapter anew: `A` as a linear layer's weight, `B` at zero, so that it adds nothing."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+    def matrix_shape(self) -> tuple[int, int]:
+        """The weight's (outputs, inputs)."""
+        return self.out_features, self.in_features
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight is the matrix."""
+        return weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """The matrix is the weight."""
+        return matrix
 
     def reset_parameters(self) -> None:
-        """Start the weight and, once there is one, the adapter anew."""
+        """Start the weight and the adapters, once there are some, anew."""
         super().reset_parameters()
-        if "lora_A" in self._parameters:
-            self.reset_adapter()
+        for name in vars(self).get("adapters", ()):
+            self.reset_adapter(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -104,12 +105,37 @@ class LoRALinear(nn.Linear):
         Returns:
             Outputs of shape (..., out_features).
         """
-        base = super().forward(x)
-        dropped = F.dropout(x, self.lora_dropout, self.training)
-        return base + low_rank_update(dropped, self.lora_A, self.lora_B, self.lora_alpha / self.lora_rank)
+        if not self.active or self.merged is not None:
+            return self.plain(x)
+        return adapted(self, x)
 
-    def extra_repr(self) -> str:
-        """The layer's sizes and the adapter's."""
-        return (
-            f"{super().extra_repr()}, rank={self.lora_rank}, alpha={self.lora_alpha:g}, dropout={self.lora_dropout:g}"
-        )
+    def plain(self, x: Tensor) -> Tensor:
+        """The layer without adapters."""
+        return nn.Linear.forward(self, x)
+
+
+def adapted(layer: LoRALinear, x: Tensor) -> Tensor:
+    """The output with the active adapters: the first, and often only, one comes with the base as one operation."""
+    (name, share), *others = layer.active.items()
+    (down, up), options = layer.factors(name), layer.adapters[name]
+    bias, transposed = layer.bias, layer.transposed
+    if options.decomposed:
+        return _decomposed(layer, x, name, down, up)
+    scale, dropout = share * options.scale, layer.dropout_of(name)
+    out = low_rank_linear(x, layer.weight, bias, down, up, scale, dropout=dropout, transposed=transposed)
+    for other, weight in others:
+        dropped = nn.functional.dropout(x, layer.dropout_of(other))
+        out = out + low_rank_update(dropped, *layer.factors(other), weight * layer.adapters[other].scale)
+    return out
+
+
+def _decomposed(layer: LoRALinear, x: Tensor, name: str, down: Tensor, up: Tensor) -> Tensor:
+    """DoRA. Dropout is of the inputs of what the adapter changes; the base sees them all."""
+    scale, lengths = layer.adapters[name].scale, layer.own("lora_magnitude", name)
+    dropout = layer.dropout_of(name)
+    if not dropout:
+        return dora_linear(x, layer.weight, layer.bias, down, up, lengths, scale, transposed=layer.transposed)
+    dropped = nn.functional.dropout(x, dropout)
+    weight = layer.as_matrix(layer.weight)
+    change = dora_linear(dropped, layer.weight, None, down, up, lengths, scale, transposed=layer.transposed)
+    return layer.plain(x) + (change - nn.functional.linear(dropped, weight))

@@ -7,8 +7,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_tricks.engines import whole
-from lightning_tricks.errors import CheckpointError
+from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import fingerprint, same_fingerprint
+from lightning_tricks.layers import AdaptedLayer, adapted_layers
 
 __all__ = ["FrozenBase"]
 
@@ -40,10 +41,11 @@ class FrozenBase:
         self._fingerprints.clear()
 
     def parameters(self, owner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """The frozen parameters, under every name that they have in `owner`."""
+        """The base's frozen parameters, under every name that they have in `owner`; adapters at rest are none."""
+        own = {id(p) for _, layer in adapted_layers(owner) for n in layer.adapters for p in _values(layer, n)}
         for prefix in self._prefixes:
             for name, parameter in owner.get_submodule(prefix).named_parameters(prefix, remove_duplicate=False):
-                if not parameter.requires_grad:
+                if not parameter.requires_grad and id(parameter) not in own:
                     yield name, parameter
 
     def fingerprints(self, owner: nn.Module) -> dict[str, dict[str, str]]:
@@ -92,12 +94,26 @@ def _told(found: dict[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in found.items())
 
 
+def _values(layer: AdaptedLayer, name: str) -> Iterator[nn.Parameter]:
+    yield from layer.adapter_parameters(name).values()
+
+
+def _refuse_merged(owner: Any, what: str) -> None:
+    if any(layer.merged is not None for _, layer in adapted_layers(owner)):
+        raise MisconfigurationError(
+            f"adapters are merged into the base, and {what} now would apply them twice later: call "
+            "`unmerge_adapters()` first, or write the merged weights by `export_merged(file)`."
+        )
+
+
 def _drop_frozen(owner: Any, state_dict: dict[str, Any], prefix: str, _local_metadata: Any) -> None:
+    _refuse_merged(owner, "saving")
     for name, _ in owner._frozen_base.parameters(owner):
         state_dict.pop(prefix + name, None)
 
 
 def _note_prefix(owner: Any, _state_dict: Any, prefix: str, *_rest: Any) -> None:
+    _refuse_merged(owner, "loading")
     owner._frozen_base.loading_under = prefix
 
 

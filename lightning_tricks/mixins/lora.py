@@ -1,78 +1,198 @@
 """Low-rank adaptation of any module inside a LightningModule."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_tricks.engines import Trick
-from lightning_tricks.errors import CheckpointError, MisconfigurationError
+from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import path_matches
-from lightning_tricks.layers import LoRALinear, find_linears, leave_fast_path
-from lightning_tricks.mixins._frozen_base import FrozenBase
+from lightning_tricks.layers import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALinear,
+    LowRank,
+    LowRankLayer,
+    Target,
+    find_targets,
+)
+from lightning_tricks.layers.targets import plain_type
+from lightning_tricks.mixins._method import Method, refuse_other_adapters, require_targets
 from lightning_tricks.mixins._order import require_before_lightning_module
+from lightning_tricks.mixins.adapter import AdapterMixin
 
 __all__ = ["LoRA", "LoRAMixin"]
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule as _Base
-else:
-    _Base = object
+_LAYERS: dict[type, type[LowRankLayer]] = {
+    nn.Linear: LoRALinear,
+    nn.Embedding: LoRAEmbedding,
+    nn.Conv1d: LoRAConv1d,
+    nn.Conv2d: LoRAConv2d,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """How `LoRAMixin.adapt` adapts: which linear layers, and with what update.
+class LoRA(Method):
+    """Low-rank updates of chosen layers: linear ones (Hugging Face's Conv1D too), embeddings, convolutions.
 
     Args:
-        rank: rank of the update, 1 or more; 4 to 64 in practice. A layer gets `rank * (in + out)` parameters.
-        alpha: the update is scaled by `alpha / rank`; above 0; often `rank` to `2 * rank`.
+        rank: rank of the update, 1 or more; 4 to 64 in practice. A linear layer gets `rank * (in + out)` parameters.
+            Or several, by patterns as in `targets`, of which the first that fits a layer counts:
+            `{"query": 16, "*": 4}`.
+        alpha: the update is scaled by `alpha / rank`; above 0; often `rank` to `2 * rank`. Or several by patterns.
         targets: the layers, by the last part of their name (`query`), several parts (`self.query`), or a glob
-            (`layer.[0-3].*.query`; `*` alone is every linear layer).
-        dropout: probability of dropping an input of the update, in [0, 1); 0 to 0.1 in practice.
+            (`layer.[0-3].*.query`; `*` alone is every linear layer); `"all-linear"`; `"attention"`. Parts of a fused
+            projection stand behind a colon: `c_attn:q,v`.
+        dropout: probability of dropping an input of the update, in [0, 1); 0 to 0.1 in practice. Linear layers round
+            it to a multiple of 1/256.
+        rslora: scale by `alpha / sqrt(rank)`, which keeps updates of high rank (64 or more) from fading.
+        init: how the first factor starts: `kaiming`; `gaussian`; `pissa`, both factors at the weight's principal part.
+        plus: LoRA+: how many times the learning rate of A that of B is, 1 or more, often 16. `parameter_groups` has it.
 
     Raises:
         MisconfigurationError: if an option is out of its range.
 
     Example:
         >>> from lightning_tricks.mixins import LoRA
-        >>> LoRA(rank=4, alpha=8, targets=("query", "key", "value"))
-        LoRA(rank=4, alpha=8, targets=('query', 'key', 'value'), dropout=0.0)
+        >>> LoRA(rank=4, alpha=8, targets=("query", "key", "value")).targets
+        ('query', 'key', 'value')
 
     References:
         Hu et al.: LoRA: Low-rank adaptation of large language models (ICLR 2022).
+        Kalajdzievski: A rank stabilization scaling factor for fine-tuning with LoRA (2023).
+        Hayou, Ghosh, Yu: LoRA+: Efficient low rank adaptation of large models (ICML 2024).
+        Meng, Wang, Zhang: PiSSA: Principal singular values and singular vectors adaptation (NeurIPS 2024).
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int | Mapping[str, int] = 8
+    alpha: float | Mapping[str, float] = 16.0
     targets: Sequence[str] = ("query", "value")
     dropout: float = 0.0
+    rslora: bool = False
+    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    plus: float | None = None
+
+    recorded: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rslora", "init")
+    decomposed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise MisconfigurationError(f"`rank` must be a whole number of 1 or more, got {self.rank!r}: try 8.")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise MisconfigurationError(f"`alpha` must be positive and finite, got {self.alpha!r}: try twice the rank.")
+        require_ranks(self.rank)
+        for alpha in self.alpha.values() if isinstance(self.alpha, Mapping) else (self.alpha,):
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise MisconfigurationError(f"`alpha` must be positive and finite, got {alpha!r}: try twice the rank.")
         if not 0 <= self.dropout < 1:
             raise MisconfigurationError(f"`dropout` must be in [0, 1), got {self.dropout!r}: try 0 or 0.05.")
-        if isinstance(self.targets, str):
-            raise MisconfigurationError(f"`targets` must be several names, got one: write targets=({self.targets!r},).")
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
+        if self.init not in ("kaiming", "gaussian", "pissa"):
+            raise MisconfigurationError(f"`init` must be kaiming, gaussian or pissa, got {self.init!r}.")
+        if self.plus is not None and not (math.isfinite(self.plus) and self.plus >= 1):
+            raise MisconfigurationError(f"`plus` must be 1 or more, got {self.plus!r}: try 16.")
+        object.__setattr__(self, "targets", require_targets(self.targets))
+
+    def plan(self, module: nn.Module, name: str) -> dict[str, Any]:
+        """The layers with their options.
+
+        Raises:
+            MisconfigurationError: if a target, a rank's pattern or a rank does not fit.
+        """
+        targets = find_targets(module, self.targets)
+        refuse_other_adapters(targets, name, LowRankLayer)
+        plan = {path: (target, self._options(path, target)) for path, target in targets.items()}
+        for option, values in (("rank", self.rank), ("alpha", self.alpha)):
+            for pattern in values if isinstance(values, Mapping) else ():
+                if not any(path_matches(pattern, path) for path in plan):
+                    raise MisconfigurationError(
+                        f"the {option}'s pattern {pattern!r} fits none of the targets: they are {', '.join(plan)}."
+                    )
+        return plan
+
+    def attach(self, module: nn.Module, name: str, plan: dict[str, Any]) -> None:
+        """Turn the layers into ones with low-rank adapters, and add one to each."""
+        for target, options in plan.values():
+            layer_class(target.layer).convert(target.layer).add_adapter(name, options)
+
+    def _options(self, path: str, target: Target) -> LowRank:
+        _refuse_layer(path, target.layer, self.init, self.decomposed)
+        rank, alpha = int(_value("rank", self.rank, path)), float(_value("alpha", self.alpha, path))
+        outputs, inputs = _sizes(target)
+        if rank > min(outputs, inputs):
             raise MisconfigurationError(
-                f'`targets` must name at least one layer, got {self.targets!r}: try ("query", "value"), or ("*",).'
+                f"`rank` {rank} is above the smaller side of `{path}`, which is {outputs} x {inputs}: an update of "
+                f"that rank has more parameters than it can use. Use at most {min(outputs, inputs)}."
             )
+        return LowRank(rank, alpha, self.dropout, self.rslora, self.init, target.slices, decomposed=self.decomposed)
 
 
-class LoRAMixin(_Base):
+def _value(option: str, values: float | Mapping[str, float], path: str) -> float:
+    """What an option is for one layer: the first pattern that fits counts."""
+    if not isinstance(values, Mapping):
+        return values
+    for pattern, value in values.items():
+        if path_matches(pattern, path):
+            return value
+    raise MisconfigurationError(
+        f"`{option}` says nothing of `{path}`: add a pattern that fits, such as '*', to {dict(values)}."
+    )
+
+
+def require_ranks(rank: Any) -> None:
+    """One rank, or several by pattern.
+
+    Raises:
+        MisconfigurationError: if one is not a whole number of 1 or more.
+    """
+    ranks = list(rank.values()) if isinstance(rank, Mapping) else [rank]
+    for value in ranks:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise MisconfigurationError(f"`rank` must be a whole number of 1 or more, got {value!r}: try 8.")
+    if not ranks:
+        raise MisconfigurationError("`rank` must hold at least one pattern, got {}: try 8.")
+
+
+def layer_class(layer: nn.Module) -> type[LowRankLayer]:
+    """What a layer becomes."""
+    kind = plain_type(layer)
+    if kind in _LAYERS:
+        return _LAYERS[kind]
+    from lightning_tricks.layers.lora_transposed import LoRATransposed
+
+    return LoRATransposed
+
+
+def _sizes(target: Target) -> tuple[int, int]:
+    layer = target.layer
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return layer.out_channels, layer.in_channels * math.prod(layer.kernel_size)
+    outputs = int(getattr(layer, "out_features", 0) or getattr(layer, "nf", 0))
+    inputs = int(getattr(layer, "in_features", 0) or getattr(layer, "nx", 0))
+    return min([outputs, *(stop - start for start, stop in target.slices)]), inputs
+
+
+def _refuse_layer(path: str, layer: nn.Module, init: str, decomposed: bool) -> None:
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
+        raise MisconfigurationError(
+            f"`{path}` has `max_norm` or `sparse`, with which looking up changes the table or its gradient: leave it "
+            "out of the targets."
+        )
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups != 1:
+        raise MisconfigurationError(
+            f"`{path}` is a convolution in {layer.groups} groups, whose weight is no matrix of low rank: leave it out "
+            "of the targets."
+        )
+    linear = not isinstance(layer, nn.Embedding | nn.Conv1d | nn.Conv2d)
+    if not linear and (decomposed or init == "pissa"):
+        what = "DoRA" if decomposed else "`init='pissa'`"
+        raise MisconfigurationError(f"{what} is for linear layers, and `{path}` is a {type(layer).__name__}.")
+
+
+class LoRAMixin(AdapterMixin):
     """Fine-tune a LightningModule's encoder, or any module of it, through low-rank adapters.
 
-    Name it before `LightningModule` among the base classes, and call `adapt` in `__init__` or `configure_model`. The
-    adapted module is frozen but for its adapters and what `trainable` names. Checkpoints leave the frozen parameters
-    out and hold a fingerprint of each instead: they load strictly onto the same base, and no other.
+    It is `AdapterMixin` whose `adapt` takes `LoRA()` when no method is named.
 
     Example:
         >>> import lightning as L
@@ -91,161 +211,9 @@ class LoRAMixin(_Base):
         Hu et al.: LoRA: Low-rank adaptation of large language models (ICLR 2022).
     """
 
-    trick: ClassVar[Trick] = Trick(jobs=("adapt weights",), used=lambda module: "_lora" in vars(module))
-    _frozen_base: FrozenBase
-    _lora: dict[str, dict[str, Any]]
+    default_method: ClassVar[type[Method] | None] = LoRA
+    trick = AdapterMixin.trick_named("LoRAMixin")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
         require_before_lightning_module(cls, LoRAMixin)
-
-    def adapt(self, module: nn.Module, policy: LoRA, trainable: Sequence[str] = ()) -> None:
-        """Give the linear layers of `module` that `policy` targets an adapter, and freeze the rest of it.
-
-        Doing the same a second time changes nothing, so that it may stand in `configure_model`, which is called more
-        than once.
-
-        Args:
-            module: a module of `self`, or `self`, with its pretrained weights in place.
-            policy: what adapters, where.
-            trainable: what else inside `module` is trained: names of parameters or modules, or globs, as in the
-                policy's targets (`"pooler"`, `"LayerNorm"`, `"layer.5"`).
-
-        Raises:
-            MisconfigurationError: if `module` is not part of `self`, has been adapted otherwise, or a target or
-                trainable name selects nothing.
-        """
-        prefix = self._path_of(module)
-        options = {**asdict(policy), "trainable": tuple(_several(trainable))}
-        adapted = self.__dict__.setdefault("_lora", {})
-        if prefix in adapted:
-            _require_the_same(prefix, adapted[prefix], options)
-            return
-        layers = find_linears(module, policy.targets)
-        kept = _trainable(module, options["trainable"])
-        _require_values(layers)
-        module.requires_grad_(False)
-        for parameter in kept:
-            parameter.requires_grad_(True)
-        for layer in layers.values():
-            LoRALinear.extend(layer, rank=policy.rank, alpha=policy.alpha, dropout=policy.dropout)
-        leave_fast_path(self)
-        self._leave_out(prefix)
-        adapted[prefix] = options
-
-    def freeze_base(self, module: nn.Module) -> None:
-        """Freeze `module` without adapters: checkpoints leave it out, and hold a fingerprint of it, all the same.
-
-        Args:
-            module: a module of `self`, with its pretrained weights in place.
-
-        Raises:
-            MisconfigurationError: if `module` is not part of `self`.
-        """
-        prefix = self._path_of(module)
-        module.requires_grad_(False)
-        self._leave_out(prefix)
-
-    def setup(self, stage: str) -> None:
-        """Look at the base anew: it may have been replaced since the last run."""
-        super().setup(stage)
-        if "_frozen_base" in self.__dict__:
-            self._frozen_base.forget()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the adapters' options and what they were trained on. Collective."""
-        super().on_save_checkpoint(checkpoint)
-        if "_frozen_base" in self.__dict__:
-            record = checkpoint.setdefault("lightning_tricks", {})
-            record["base"] = self._frozen_base.fingerprints(self)
-            record["lora"] = {
-                prefix: {"rank": options["rank"], "alpha": float(options["alpha"])}
-                for prefix, options in self.__dict__.get("_lora", {}).items()
-            }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse adapters that were trained on another base, or with another rank or scale. Collective.
-
-        Raises:
-            CheckpointError: naming the first tensor, or the option, that differs.
-        """
-        super().on_load_checkpoint(checkpoint)
-        if "_frozen_base" not in self.__dict__:
-            return
-        record = checkpoint.get("lightning_tricks", {})
-        if "base" not in record:
-            rank_zero_warn("This checkpoint does not say which base model it was trained on: it may not be this one.")
-            return
-        self._frozen_base.verify(self, record["base"], checkpoint.get("state_dict", ()))
-        _require_same_options(self.__dict__.get("_lora", {}), record.get("lora", {}))
-
-    def _leave_out(self, prefix: str) -> None:
-        if "_frozen_base" not in self.__dict__:
-            self._frozen_base = FrozenBase(self)
-        self._frozen_base.add(prefix)
-
-    def _path_of(self, module: nn.Module) -> str:
-        for name, candidate in self.named_modules():
-            if candidate is module:
-                return str(name)
-        raise MisconfigurationError(
-            f"the {type(module).__name__} to adapt is not a module of {type(self).__name__}: assign it first, as in "
-            "`self.encoder = encoder; self.adapt(self.encoder, ...)`."
-        )
-
-
-def _several(names: Sequence[str]) -> Sequence[str]:
-    if isinstance(names, str):
-        raise MisconfigurationError(f"`trainable` must be several names, got one: write trainable=({names!r},).")
-    return names
-
-
-def _require_the_same(prefix: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if before != now:
-        raise MisconfigurationError(
-            f"`{prefix}` has been adapted already, with {before}, and cannot be with {now} as well: call `adapt` once."
-        )
-
-
-def _require_same_options(adapted: dict[str, dict[str, Any]], recorded: dict[str, dict[str, Any]]) -> None:
-    for prefix, options in recorded.items():
-        for option, value in options.items():
-            here = adapted.get(prefix, {}).get(option)
-            if here != value:
-                raise CheckpointError(
-                    f"`{prefix}` was adapted with {option}={value:g} in this checkpoint, here with {option}={here}: "
-                    "adapt it with the options that the checkpoint was trained with."
-                )
-
-
-def _require_values(layers: dict[str, nn.Linear]) -> None:
-    for name, layer in layers.items():
-        if layer.weight.is_meta or hasattr(layer.weight, "device_mesh"):
-            state = "on the meta device, without values" if layer.weight.is_meta else "sharded already"
-            raise MisconfigurationError(
-                f"the weight of `{name}` is {state}: call `adapt` in `__init__` or `configure_model`, once the "
-                "pretrained weights are loaded and before the strategy shards them."
-            )
-
-
-def _trainable(module: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
-    """The parameters of `module` that patterns select, by their own name or that of a module around them."""
-    kept = []
-    for pattern in patterns:
-        selected = [
-            p for name, p in module.named_parameters() if any(path_matches(pattern, path) for path in _paths(name))
-        ]
-        if not selected:
-            parts = ", ".join(name for name, _ in module.named_children())
-            raise MisconfigurationError(
-                f"trainable {pattern!r} selects no parameter of {type(module).__name__}, whose modules are: {parts}. "
-                "What is outside the adapted module is trained anyway."
-            )
-        kept += selected
-    return kept
-
-
-def _paths(name: str) -> list[str]:
-    """`a.b.c` and the modules around it: `a`, `a.b`."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        super().__init_subclass__(**kwargs)

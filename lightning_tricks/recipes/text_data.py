@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 
 from lightning_tricks.data.files import is_null, read_columns, refuse_nulls
+from lightning_tricks.data.folds import checked_fold, fold_split
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.loader import TricksDataLoader
 from lightning_tricks.data.packages import reviews_file
@@ -37,6 +38,8 @@ class TextClassificationData(L.LightningDataModule):
             about the same length then share a batch, short ones more of them.
         limit: use only about this many texts in all, the classes in proportion.
         seed: of the split and of the training order.
+        fold: for cross-validation, which fold to validate on, from 0, and how many there are: `[0, 5]`. The folds are
+            made of the training and validation texts; the test texts stay as they are.
 
     Raises:
         MisconfigurationError: for an option out of range.
@@ -61,6 +64,7 @@ class TextClassificationData(L.LightningDataModule):
         max_tokens: int | None = None,
         limit: int | None = None,
         seed: int = 0,
+        fold: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         for option, value, least in (("max_length", max_length, 8), ("batch_size", batch_size, 1), ("seed", seed, 0)):
@@ -75,6 +79,7 @@ class TextClassificationData(L.LightningDataModule):
         self.path, self.text, self.label = str(path), text, label
         self.tokenizer_name, self.max_length = tokenizer, max_length
         self.batch_size, self.limit, self.seed = batch_size, limit, seed
+        self.fold = checked_fold(fold)
         self._tokens: TokenizedTexts | None = None
         self._train_loader: TricksDataLoader | None = None
         self._position: dict[str, Any] | None = None
@@ -185,4 +190,5 @@ class TextClassificationData(L.LightningDataModule):
 
     @cached_property
     def _split(self) -> Split:
-        return stratified_split(self._classes, seed=self.seed, limit=self.limit)
+        split = stratified_split(self._classes, seed=self.seed, limit=self.limit)
+        return split if self.fold is None else fold_split(split, self._classes, self.fold, seed=self.seed)

@@ -1,4 +1,4 @@
-"""The uniform average of weights files, one tensor in memory at a time."""
+"""The average of weights files, one tensor in memory at a time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +12,14 @@ from lightning_tricks.storage.weights_file import WeightsFile, write_weights
 __all__ = ["average_weights"]
 
 
-def average_weights(members: Sequence[Path], out: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write the uniform average of some weights files to a new one.
+def average_weights(
+    members: Sequence[Path],
+    out: Path,
+    metadata: dict[str, str] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+) -> None:
+    """Write the average of some weights files to a new one.
 
     Floating-point tensors are summed in double precision and rounded once, so K equal members give themselves back.
     Integer and boolean tensors (counters, masks) have no mean: they come from the last member. Memory: one tensor a
@@ -23,9 +29,10 @@ def average_weights(members: Sequence[Path], out: Path, metadata: dict[str, str]
         members: weights files with the same names, shapes and dtypes; at least one, oldest first.
         out: the file to write; it appears only when it is complete.
         metadata: strings to store in the file.
+        weights: a number above 0 for each member; all alike by default.
 
     Raises:
-        MisconfigurationError: if there is no member.
+        MisconfigurationError: if there is no member, or another number of weights.
         CheckpointError: if a file is truncated, or differs from the first in a name, a shape or a dtype; the first
             one that differs is named.
 
@@ -50,22 +57,25 @@ def average_weights(members: Sequence[Path], out: Path, metadata: dict[str, str]
     files = [WeightsFile(Path(member)) for member in members]
     for file, path in zip(files[1:], members[1:], strict=True):
         _refuse_mismatch(files[0], members[0], file, path)
-    write_weights(Path(out), files[0].layout, _means(files), dict(metadata or {}))
+    shares = [1.0] * len(files) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(files) or not min(shares) > 0:
+        raise MisconfigurationError(f"`weights` must be a number above 0 for each of {len(files)} files, got {shares}.")
+    write_weights(Path(out), files[0].layout, _means(files, shares), dict(metadata or {}))
 
 
-def _means(files: list[WeightsFile]) -> Iterator[tuple[str, Tensor]]:
+def _means(files: list[WeightsFile], shares: list[float]) -> Iterator[tuple[str, Tensor]]:
     for name in files[0].layout:
-        yield name, _mean(files, name)
+        yield name, _mean(files, name, shares)
 
 
-def _mean(files: list[WeightsFile], name: str) -> Tensor:
+def _mean(files: list[WeightsFile], name: str, shares: list[float]) -> Tensor:
     last = files[-1].tensor(name)
     if not (last.is_floating_point() or last.is_complex()):
         return last
-    total = last.to(torch.complex128 if last.is_complex() else torch.float64)
-    for file in files[:-1]:
-        total += file.tensor(name)
-    return (total / len(files)).to(last.dtype)
+    total = last.to(torch.complex128 if last.is_complex() else torch.float64, copy=True).mul_(shares[-1])
+    for file, share in zip(files[:-1], shares[:-1], strict=True):
+        total.add_(file.tensor(name), alpha=share)
+    return (total / sum(shares)).to(last.dtype)
 
 
 def _refuse_mismatch(reference: WeightsFile, reference_path: Path, file: WeightsFile, path: Path) -> None:

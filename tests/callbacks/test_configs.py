@@ -11,6 +11,7 @@ from lightning_tricks.callbacks import (
     GradientClipping,
     Percentile,
     TopK,
+    UnitwiseAdaptive,
     Value,
     ZScore,
 )
@@ -43,6 +44,7 @@ def test_gradient_clipping(policy):
     [
         ("Percentile", {"q": 90.0, "window": 500}, Percentile(90.0, window=500)),
         ("Value", {"limit": 0.25}, Value(0.25)),
+        ("UnitwiseAdaptive", {"ratio": 0.02, "exclude": ["head"]}, UnitwiseAdaptive(0.02, exclude=["head"])),
         ("ZScore", {"threshold": 3.0, "warmup_limit": 1.0}, ZScore(3.0, warmup_limit=1.0)),
     ],
 )
@@ -73,3 +75,12 @@ def test_gradient_norm_monitor(groups):
     assert parsed("GradientNormMonitor", groups=groups).groups == groups
     assert parsed("GradientNormMonitor", groups=["head"], every_n_steps=5).groups == {"head": "head"}
     assert parsed("GradientNormMonitor").groups == {}
+
+
+def test_limits_for_parts_of_the_model():
+    percentile = {"class_path": "lightning_tricks.callbacks.Percentile", "init_args": {"q": 90.0}}
+    policy = parsed("GradientClipping", policy={"encoder.*": 1.0, "head": percentile}).policy
+    assert {part: repr(each) for part, each in policy.items()} == {
+        "encoder.*": repr(FixedNorm(1.0)),
+        "head": repr(Percentile(90.0)),
+    }

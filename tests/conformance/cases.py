@@ -47,7 +47,11 @@ from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
 from tests.conformance import data_cases
+from tests.conformance import ensemble_cases as ensembles
+from tests.conformance import normalization_cases as normalization
+from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
+from tests.conformance.gradient_cases import check_clipped_share, check_parts, clipping_by_part, clipping_by_unit
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
 __all__ = ["CASES", "Case", "Run"]
@@ -176,7 +180,6 @@ class Spiky(Descent):
 
 
 SPIKES = (4, 9)
-ZERO = ("zero_1", "zero_2", "zero_2_offload", "zero_3", "zero_3_offload")
 
 
 def clipping_by_value() -> Run:
@@ -378,14 +381,29 @@ CASES = (
         clipping_by_value,
         check_value,
         variant="Value",
-        refused={
-            (engine, precision): "DeepSpeed's step clips by the norm only" for engine in ZERO for precision in EXACT
-        },
     ),
+    Case("GradientClipping", clipping_by_unit, check_clipped_share, variant="UnitwiseAdaptive"),
+    Case("GradientClipping", clipping_by_part, check_parts, variant="parts"),
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
+    Case("CheckpointEnsemble", ensembles.cyclic, ensembles.check_cyclic, ensembles.observe_cyclic, variant="Cyclic"),
+    Case(
+        "CheckpointEnsemble",
+        ensembles.greedy_soup,
+        ensembles.check_greedy_soup,
+        ensembles.observe_greedy_soup,
+        variant="GreedySoup",
+    ),
+    Case(
+        "CheckpointEnsemble",
+        ensembles.predictions,
+        ensembles.check_predictions,
+        ensembles.observe_predictions,
+        variant="Predictions",
+    ),
     Case("LoRAMixin", lora, check_lora, observe_lora),
+    *(Case("AdapterMixin", row.build, row.check, row.observe, variant=name) for name, row in ADAPTER_ROWS.items()),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
     Case("LengthBucketSampler", data_cases.length_bucket_sampler, data_cases.check_length_bucket_sampler),
     Case("ClassBalancedSampler", data_cases.class_balanced_sampler, data_cases.check_class_balanced_sampler),
@@ -396,6 +414,7 @@ CASES = (
         data_cases.check_sequence_length_warmup,
         data_cases.observe_sequence_length_warmup,
     ),
+    Case("LossNormalizationMixin", normalization.loss_normalization, normalization.check_loss_normalization),
 )
 
 

@@ -1,6 +1,7 @@
 """Write docs/matrix.md from the results of the matrix: `python -m tests.conformance.render`, or `make matrix`.
 
-It runs all cells first; `--from-last-run` renders what the last run of the tests left in build/conformance.json.
+It runs all cells first; `--from-last-run` renders what runs of the tests left in build/conformance, so that after a new
+row `pytest tests/conformance -k NewRow` is enough.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from tests.conformance.cases import CASES
 from tests.conformance.engines import ENGINES, PRECISIONS, ROOT
 
 PAGE = ROOT / "docs" / "matrix.md"
-RESULTS = ROOT / "build" / "conformance.json"
+RESULTS = ROOT / "build" / "conformance"  # a file for each engine, whose cells one process runs
 STALE = "docs/matrix.md is stale. Run: make matrix"
 
 INTRODUCTION = """\
@@ -48,6 +49,20 @@ def _table(results: Results, precision: str) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def remember(results: Results) -> None:
+    """Keep what cells showed, beside what was kept of others before."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for engine in {engine for _, engine, _ in results}:
+        kept = {cell: result for cell, result in (remembered() | results).items() if cell[1] == engine}
+        (RESULTS / f"{engine}.json").write_text(json.dumps([[*cell, kept[cell]] for cell in kept], indent=0))
+
+
+def remembered() -> Results:
+    """What was kept."""
+    lines = (line for file in sorted(RESULTS.glob("*.json")) for line in json.loads(file.read_text()))
+    return {(row, engine, precision): result for row, engine, precision, result in lines}
+
+
 def cells(page: str) -> Results:
     """The results that a rendered page shows."""
     found: Results = {}
@@ -71,9 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance.render", description=__doc__)
     parser.add_argument("--from-last-run", action="store_true", help="do not run the cells again")
     if not parser.parse_args().from_last_run:
-        tests = [sys.executable, "-m", "pytest", "tests/conformance/test_matrix.py", "-k", "test_cell", "-q"]
-        subprocess.run(tests, cwd=ROOT, check=False)
-    results = {(row, engine, precision): result for row, engine, precision, result in json.loads(RESULTS.read_text())}
+        tests = "tests/conformance/test_matrix.py -k test_cell -q -n logical --dist loadgroup"
+        subprocess.run([sys.executable, "-m", "pytest", *tests.split()], cwd=ROOT, check=False)
+    results = remembered()
     wanted = [(case.name, engine, precision) for case in CASES for engine in ENGINES for precision in PRECISIONS]
     open_cells = [cell for cell in wanted if results.get(cell, "failed") == "failed"]
     if open_cells:

@@ -272,6 +272,46 @@ def scaled_gradients(run):
     assert 0.5 * 4 * 0.1 * 0.05 < length <= 4 * 0.1 * 0.05 * 1.01, length
 
 
+class Scales(Probe):
+    """Multiplies gradients by 0.75 in all, before and after their norm is asked for the first time; perhaps clips."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        engine = engine_of(trainer)
+        engine.scale_gradients(optimizer, 0.5)
+        before = engine.gradient_norm(optimizer)
+        engine.scale_gradients(optimizer, 1.5)
+        assert torch.allclose(engine.gradient_norm(optimizer), 1.5 * before)
+        whole = engine.gradient_norms(optimizer, {"all": [name for name, _ in pl_module.named_parameters()]})["all"]
+        assert torch.allclose(whole, 1.5 * before, rtol=1e-3)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+
+class Smaller(Net):
+    """The same, by its loss."""
+
+    def training_step(self, batch, index):
+        return 0.75 * super().training_step(batch, index)
+
+
+def scaled_by_a_factor(run):
+    """Gradients times 0.75 are those of a loss times 0.75: norms, clipping at some steps, weights; in fp16 too."""
+    for options, tolerance in (({}, 1e-5), (fp16_options(run), 2e-2)):
+        ways = ((Net, Scales), (Smaller, Probe))
+        probes = [probe(limit=0.88) for _, probe in ways]
+        trainers = [
+            fit(run, module(batches=6, optimizer="sgd"), probe, max_epochs=1, **options)
+            for (module, _), probe in zip(ways, probes, strict=True)
+        ]
+        ours, wanted = (probe.norms for probe in probes)
+        assert ours == pytest.approx(wanted, rel=tolerance)
+        assert min(ours) < 0.88 < max(ours), f"clips every step, or none: {ours}"
+        expected = float_weights(trainers[1])
+        for name, value in float_weights(trainers[0]).items():
+            assert (value - expected[name]).abs().max() <= tolerance * expected[name].abs().max(), name
+    with pytest.raises(MisconfigurationError, match=r"`factor` must be a finite number above 0, got 0\.0"):
+        engine_of(trainers[0]).scale_gradients(trainers[0].optimizers[0], 0.0)
+
+
 def fp16_options(run) -> dict:
     if not run.engine.startswith("zero"):
         from lightning.pytorch.plugins import MixedPrecision

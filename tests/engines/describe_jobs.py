@@ -27,9 +27,9 @@ EXPECTED = {
         "one_device": (4, 0, 4, 8),
         "ddp": (4, 0, 4, 8),
         "fsdp2": (2, 0, 2, 4),
-        "zero_1": (4, 2, 2, 4),
-        "zero_2": (4, 2, 2, 4),
-        "zero_3": (2, 2, 2, 4),
+        "zero_1": (4, 0, 2, 4),
+        "zero_2": (4, 0, 2, 4),
+        "zero_3": (2, 0, 2, 4),
         "fsdp2_offload": (2, 0, 2, 4),
         "zero_2_offload": (4, 2, 2, 4),
         "zero_3_offload": (2, 2, 4, 4),  # DeepSpeed keeps its gradient buffer beside the gradients of the host

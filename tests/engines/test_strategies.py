@@ -1,14 +1,12 @@
 import importlib
 import importlib.util
-import sys
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy, _zero_manual
+from lightning_tricks.engines import FSDP2Strategy, ZeroStrategy
 from lightning_tricks.engines._blocks import find_blocks
-from lightning_tricks.engines._deepspeed import PRIVATE
 from lightning_tricks.engines._machine import refuse_oversubscription
 from lightning_tricks.errors import MisconfigurationError, MissingDependencyError
 from tests.engines.checks import Block, Net
@@ -92,29 +90,3 @@ def test_more_processes_than_cores_are_refused():
     strategy.cluster_environment = Environment()
     with pytest.raises(MisconfigurationError, match=r"`devices=4096` asks for 4096 processes, but this machine has"):
         refuse_oversubscription(strategy)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not run: needs DeepSpeed")
-@pytest.mark.parametrize("path", PRIVATE)
-def test_deepspeed_still_has_what_the_engine_touches(path, monkeypatch):
-    """When this fails, a new DeepSpeed moved a private method: look at `engines/_deepspeed.py`."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    module, _, name = path.rpartition(".")
-    optimizer = getattr(importlib.import_module(module), name)
-    missing = [method for method in PRIVATE[path] if not hasattr(optimizer, method)]
-    assert missing == []
-    assert "deepspeed" in sys.modules
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not run: needs DeepSpeed")
-def test_deepspeed_still_has_what_manual_optimisation_touches(monkeypatch):
-    """When this fails, a new DeepSpeed moved a private method: look at `engines/_zero_manual.py`."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    engine = importlib.import_module("deepspeed").DeepSpeedEngine
-    stages = ("stage_1_and_2.DeepSpeedZeroOptimizer", "stage3.DeepSpeedZeroOptimizer_Stage3")
-    for module, _, name in (stage.partition(".") for stage in stages):
-        optimizer = getattr(importlib.import_module(f"deepspeed.runtime.zero.{module}"), name)
-        assert [method for method in _zero_manual.PRIVATE if not hasattr(optimizer, method)] == []
-    assert [method for method in _zero_manual.ENGINE_PRIVATE if not hasattr(engine, method)] == []

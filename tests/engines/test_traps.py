@@ -11,8 +11,9 @@
 | A8 the limits of an uninterrupted run | the matrix's rows of Percentile and ZScore; test_clipping_policies.py |
 | A10 two optimizers, manual optimisation | test_manual.py |
 | B1 a loss is divided once | `accumulation` of checks.py |
-| B2 a window cut short | `accumulation` of checks.py: as on one device, where Lightning divides by the whole window |
-| B6 `outputs["loss"]` | `test_b6` here: Lightning's, the loss divided by the window |
+| B2 a window cut short | test_normalization_engines.py of mixins; else `accumulation` of checks.py: as on one device |
+| B3, B4, B5 ragged, empty and class-weighted micro-batches | tests/mixins/test_normalization_engines.py |
+| B6 `outputs["loss"]` | test_normalization_engines.py of mixins; without them `test_b6` here: divided by the window |
 | C1 not finite on one rank | `vetoed` of checks.py |
 | C2 clearing gradients before the scaler's step | `vetoed_scaled`, `scaler_skips` of checks.py |
 | I1 the weights of one device | `twenty_steps` of checks.py |

@@ -1,13 +1,17 @@
-"""Class weights against scikit-learn, the weighted loss against torch."""
+"""Class weights against scikit-learn and the papers' formulas."""
 
 import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
-from torch.nn import functional as F
 
 from lightning_tricks.errors import MisconfigurationError
-from lightning_tricks.functional import balanced_weights, weighted_cross_entropy_sums
+from lightning_tricks.functional import (
+    balanced_weights,
+    checked_weights,
+    effective_number_weights,
+    inverse_square_root_weights,
+)
 
 
 @pytest.mark.parametrize("counts", [[7403, 5405, 1097], [1, 1], [3, 1_000_000_007], [5, 4, 3, 2, 1]])
@@ -52,39 +56,53 @@ def test_other_counts_are_refused(counts):
         balanced_weights(counts)
 
 
-@pytest.mark.parametrize("extra", [(), (4,), (2, 3)])
-@pytest.mark.parametrize("ignored", [False, True])
-def test_the_quotient_is_torchs_weighted_mean(extra, ignored):
-    logits, targets = torch.randn(6, 3, *extra), torch.randint(0, 3, (6, *extra))
-    if ignored:
-        targets[::2] = 255
-    weights = torch.tensor([0.5, 1.0, 4.0])
-    numerator, denominator = weighted_cross_entropy_sums(logits, targets, weights, ignore_index=255)
-    expected = F.cross_entropy(logits, targets, weight=weights, ignore_index=255)
-    torch.testing.assert_close(numerator / denominator, expected)
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])
+def test_effective_numbers_are_the_papers(beta):
+    counts = np.array([7403, 5405, 1097], dtype=np.float64)
+    # (1 - beta) / (1 - beta^n) as the sum of a geometric series, not as the code writes it
+    series = np.array([sum(beta**power for power in range(int(count))) for count in counts])
+    expected = 1 / series / (1 / series).sum() * 3
+    np.testing.assert_allclose(effective_number_weights(counts, beta).numpy(), expected, rtol=1e-5)
 
 
-def test_sums_over_parts_give_the_mean_of_the_whole():
-    logits, targets, weights = torch.randn(10, 3), torch.randint(0, 3, (10,)), torch.tensor([0.5, 1.0, 4.0])
-    parts = [weighted_cross_entropy_sums(logits[i:j], targets[i:j], weights) for i, j in ((0, 1), (1, 4), (4, 10))]
-    mean = sum(n for n, _ in parts) / sum(d for _, d in parts)
-    torch.testing.assert_close(mean, F.cross_entropy(logits, targets, weight=weights))
+def test_effective_numbers_go_from_equal_weights_to_balanced_ones():
+    counts = [500, 50, 5]
+    torch.testing.assert_close(effective_number_weights(counts, 0.0), torch.ones(3))
+    balanced = balanced_weights(counts)
+    torch.testing.assert_close(
+        effective_number_weights(counts, 1 - 1e-9), balanced * 3 / balanced.sum(), rtol=1e-4, atol=0
+    )
 
 
-@pytest.mark.parametrize("size", [0, 3])
-def test_without_a_valid_target_both_are_zero_and_the_graph_stands(size):
-    logits = torch.randn(size, 4, requires_grad=True)
-    numerator, denominator = weighted_cross_entropy_sums(logits, torch.full((size,), -100), torch.ones(4))
-    numerator.backward()
-    assert numerator == denominator == 0
-    torch.testing.assert_close(logits.grad, torch.zeros(size, 4))
+@pytest.mark.parametrize("beta", [-0.1, 1.0, float("nan")])
+def test_other_betas_are_refused(beta):
+    with pytest.raises(MisconfigurationError, match=r"`beta` must be 0 or more and below 1, got"):
+        effective_number_weights([1, 2], beta)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_bf16_logits_are_computed_in_fp32(autocast):
-    logits, targets, weights = torch.randn(50, 3).bfloat16(), torch.randint(0, 3, (50,)), torch.rand(3)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        numerator, denominator = weighted_cross_entropy_sums(logits, targets, weights)
-    expected = F.cross_entropy(logits.double(), targets, weight=weights.double(), reduction="sum")
-    assert numerator.dtype == denominator.dtype == torch.float32
-    torch.testing.assert_close(numerator.double(), expected, rtol=1e-5, atol=1e-5)
+def test_inverse_square_roots():
+    weights = inverse_square_root_weights([7403, 5405, 1097])
+    np.testing.assert_allclose((weights[2] / weights[0]).item(), (7403 / 1097) ** 0.5, rtol=1e-6)
+    assert weights.sum() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("rule", [lambda counts: effective_number_weights(counts, 0.99), inverse_square_root_weights])
+def test_an_absent_class_gets_the_largest_weight_by_every_rule(rule):
+    weights = rule([60, 0, 30, 10])
+    assert weights.isfinite().all()
+    assert weights[1] == weights[3] == weights.max()
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ([1, 2], "one for each of the 3 classes"),
+        ([1, 2, 0], "finite and above 0"),
+        ([1, 2, float("nan")], "finite and above 0"),
+        ([1, 2, -1], "finite and above 0"),
+        ("heavy", "must be numbers"),
+    ],
+)
+def test_other_weights_are_refused(weights, words):
+    with pytest.raises(MisconfigurationError, match=rf"`weights` must .*{words}|`weights` {words}"):
+        checked_weights(weights, 3)

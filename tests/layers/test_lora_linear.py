@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_tricks.functional import low_rank_linear
 from lightning_tricks.layers import LoRALinear
 
 
@@ -73,7 +74,9 @@ def test_dropout_is_of_the_adapters_inputs_and_of_training_only():
     layer, x = adapted(dropout=0.5), torch.randn(5, 6)
     plain = F.linear(x, layer.weight, layer.bias)
     torch.manual_seed(1)
-    dropped = F.dropout(x, 0.5)
+    identity = torch.eye(6)
+    dropped = low_rank_linear(x, torch.zeros(6, 6), None, identity, identity, 1.0, dropout=0.5)
+    assert set((dropped / x).unique().tolist()) == {0.0, 2.0}
     torch.manual_seed(1)
     torch.testing.assert_close(layer(x), plain + 1.5 * dropped @ layer.lora_A.t() @ layer.lora_B)
     layer.eval()

@@ -72,6 +72,6 @@ def test_subclasses_with_ways_of_their_own_are_refused():
         def forward(self, x):
             return torch.relu(super().forward(x))
 
-    for layer in (Masked(2, 2), LoRALinear(2, 2)):
-        with pytest.raises(MisconfigurationError, match=f"`0` is a {type(layer).__name__}, a subclass"):
-            find_linears(nn.Sequential(layer), ["0"])
+    with pytest.raises(MisconfigurationError, match="`0` is a Masked, a subclass"):
+        find_linears(nn.Sequential(Masked(2, 2)), ["0"])
+    assert list(find_linears(nn.Sequential(LoRALinear(2, 2)), ["0"])) == ["0"]

@@ -1,4 +1,4 @@
-"""What the check says of mixins: class weights beside a sampler that balances, beside accumulation; LoRA everywhere."""
+"""What the check says of mixins: class weights beside a sampler that balances, and accumulation; LoRA everywhere."""
 
 import importlib.util
 
@@ -83,19 +83,8 @@ def test_the_sampler_is_told_to_be_unknown_before_the_data_are_there():
     )
 
 
-def test_weights_under_accumulation_are_degraded():
-    ours = trainer(accumulate_grad_batches=2)
-    assert [found.trick for found in lightning_tricks.check(ours, Weighted()).of("degraded")] == [
-        "ClassWeightedLossMixin"
-    ]
-    assert lightning_tricks.check(ours, Weighted(counts=(4, 4))).verdict == "exact"
-
-
-def test_a_mixin_alone_is_told_before_the_first_step():
-    module = Weighted()
-    with pytest.raises(DegradedWarning, match="- ClassWeightedLossMixin: each micro-batch has a weighted mean"):
-        trainer(accumulate_grad_batches=2).fit(module)
-    assert module.steps == 0
+def test_weights_under_accumulation_are_exact():
+    assert lightning_tricks.check(trainer(accumulate_grad_batches=2), Weighted()).verdict == "exact"
 
 
 @pytest.mark.parametrize(

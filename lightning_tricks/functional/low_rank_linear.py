@@ -1,0 +1,156 @@
+"""A linear layer and its low-rank update as one operation, with a backward pass of its own."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tricks.errors import UnsupportedError
+
+__all__ = ["low_rank_linear"]
+
+_RANDOM_VALUES = 256  # of a byte: what the probability of dropout is rounded to
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    transposed: bool = False,
+) -> Tensor:
+    """`x @ weight.T + bias + scale * (dropped(x) @ down.T) @ up`, in the precision of the weight, or of autocast.
+
+    The two small factors are cast to that precision, never the activations; their gradients come at their own.
+
+    Args:
+        x: inputs of shape (..., in_features).
+        weight: of shape (out_features, in_features).
+        bias: of shape (out_features,), or None.
+        down: the first factor, `A` in the paper, of shape (rank, in_features).
+        up: the second factor, the transpose of the paper's `B`, of shape (rank, out_features): stored that way, the
+            product that gives its gradient reads both operands in the order of memory.
+        scale: `alpha / rank` in the paper.
+        dropout: probability of dropping an input of the update, in [0, 1): rounded to a multiple of 1/256, since the
+            mask is drawn a byte an element; what is kept is scaled by what is really kept.
+        transposed: whether `weight` has the shape (in_features, out_features), as in GPT-2.
+
+    Returns:
+        A tensor of shape (..., out_features).
+
+    Raises:
+        UnsupportedError: in a backward pass with `create_graph=True`: there is no second derivative.
+
+    Example:
+        >>> import torch
+        >>> from lightning_tricks.functional import low_rank_linear
+        >>> low_rank_linear(torch.ones(1, 3), torch.eye(3), None, torch.ones(2, 3), torch.ones(2, 3), scale=0.5)
+        tensor([[4., 4., 4.]])
+    """
+    compute = compute_dtype(x, weight)
+    rows = x.reshape(-1, x.shape[-1]).to(compute)  # outside the function: what follows may change the result in place
+    mask = None
+    if dropped := round(dropout * _RANDOM_VALUES):
+        dropped = min(dropped, _RANDOM_VALUES - 1)
+        mask = _keep_mask(rows, dropped)
+        scale = scale * _RANDOM_VALUES / (_RANDOM_VALUES - dropped)
+    out: Tensor = _LowRankLinear.apply(rows, weight, bias, down, up, mask, scale, transposed, compute)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What torch's own linear layer would compute in."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise in a backward pass that is itself to be differentiated.
+
+    Raises:
+        UnsupportedError: naming the operation.
+    """
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            name,
+            "`create_graph=True`",
+            "its backward pass is written by hand and has no derivative",
+            "differentiate once, or merge the adapter and differentiate the plain layer",
+        )
+
+
+def _keep_mask(rows: Tensor, dropped: int) -> Tensor:
+    """Which elements stay, from one draw of 64-bit numbers that gives eight masks each."""
+    words = torch.randint(-(2**63), 2**63 - 1, ((rows.numel() + 7) // 8,), dtype=torch.int64, device=rows.device)
+    return (words.view(torch.uint8)[: rows.numel()] >= dropped).view(rows.shape)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Of two-dimensional inputs. Saves inputs, never its output, which may be overwritten."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        transposed: bool,
+        compute: torch.dtype,
+    ) -> Tensor:
+        cast = weight.to(compute)
+        matrix = cast if transposed else cast.t()
+        small_down, small_up = down.to(compute), up.to(compute)
+        narrow = None
+        if mask is None and compute == torch.float32 and x.shape[1] < x.shape[0]:
+            # One pass over the weight is cheaper than one over the outputs.
+            matrix = torch.addmm(matrix, small_down.t(), small_up, alpha=scale)
+            out = _affine(x, matrix, bias)
+        else:
+            out = _affine(x, matrix, bias)
+            narrow = small_down.mm((x if mask is None else x * mask).t())
+            out.addmm_(narrow.t(), small_up, alpha=scale)
+        ctx.save_for_backward(x, cast, down, up, mask, narrow)
+        ctx.scale, ctx.transposed = scale, transposed
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("A low-rank adapter")
+        x, weight, down, up, mask, narrow = ctx.saved_tensors
+        grad = grads[0].to(weight.dtype)
+        with torch.autocast(grad.device.type, enabled=False):
+            kept = x if mask is None else x * mask
+            small_down, small_up = down.to(weight.dtype), up.to(weight.dtype)
+            narrow_grad = small_up.mm(grad.t()).mul_(ctx.scale)
+            grad_x = grad_weight = grad_bias = None
+            if ctx.needs_input_grad[0]:
+                grad_x = grad.mm(weight.t() if ctx.transposed else weight)
+                if mask is None:
+                    grad_x.addmm_(narrow_grad.t(), small_down)
+                else:
+                    grad_x.addcmul_(narrow_grad.t().mm(small_down), mask)
+            if ctx.needs_input_grad[1]:
+                full = x.t().mm(grad) if ctx.transposed else grad.t().mm(x)
+                grad_weight = full.to(ctx.dtypes[0])
+            if ctx.needs_input_grad[2]:
+                grad_bias = grad.sum(0).to(ctx.dtypes[1])
+            if narrow is None:
+                narrow = small_down.mm(x.t())
+            grad_down = narrow_grad.mm(kept).to(down.dtype)
+            grad_up = narrow.mm(grad).mul_(ctx.scale).to(up.dtype)
+        return grad_x, grad_weight, grad_bias, grad_down, grad_up, None, None, None, None
+
+
+def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return x.mm(matrix) if bias is None else torch.addmm(bias.to(x.dtype), x, matrix)

@@ -1,0 +1,125 @@
+"""What `adapt` and its companions check about a module before they change it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_tricks.errors import MisconfigurationError
+from lightning_tricks.functional import path_matches
+from lightning_tricks.layers import adapted_layers
+
+__all__ = [
+    "require_identifier",
+    "require_mergeable",
+    "require_values",
+    "several",
+    "trainable",
+    "warn_of_frozen_heads",
+]
+
+# What heads are called that are made anew for a task; a language model's own head is pretrained.
+_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head")
+
+
+def several(names: Sequence[str]) -> Sequence[str]:
+    """Names that may be passed as a list or tuple, not as one string.
+
+    Raises:
+        MisconfigurationError: if they are one string.
+    """
+    if isinstance(names, str):
+        raise MisconfigurationError(f"`trainable` must be several names, got one: write trainable=({names!r},).")
+    return names
+
+
+def require_identifier(name: str) -> None:
+    """A name of an adapter becomes part of its parameters' names.
+
+    Raises:
+        MisconfigurationError: if it cannot.
+    """
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise MisconfigurationError(f"`name` must be letters, digits and underscores, got {name!r}: try 'french'.")
+
+
+def require_values(module: nn.Module, plan: dict[str, Any]) -> None:
+    """Adapting needs weights that are there, and whole.
+
+    Raises:
+        MisconfigurationError: if one is on the meta device, or sharded.
+    """
+    for path in plan:
+        try:
+            weight = getattr(module.get_submodule(path), "weight", None)
+        except AttributeError:  # the place is no module, but a name of the method's own
+            continue
+        if weight is not None and (weight.is_meta or hasattr(weight, "device_mesh")):
+            state = "on the meta device, without values" if weight.is_meta else "sharded already"
+            raise MisconfigurationError(
+                f"the weight of `{path}` is {state}: call `adapt` in `__init__` or `configure_model`, once the "
+                "pretrained weights are loaded and before the strategy shards them."
+            )
+
+
+def require_mergeable(owner: nn.Module) -> None:
+    """Merging writes into weights: they must be whole, and nobody else's.
+
+    Raises:
+        MisconfigurationError: if one is sharded, or shared with another layer.
+    """
+    users: dict[int, list[str]] = {}
+    for name, parameter in owner.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for path, layer in adapted_layers(owner):
+        weight: Any = getattr(layer, "weight", None)
+        if weight is None or not layer.active:
+            continue
+        if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
+            raise MisconfigurationError(
+                f"the weight of `{path}` is spread over ranks by the strategy: merge on one device, after the fit."
+            )
+        others = [name for name in users.get(id(weight), []) if name.rpartition(".")[0] != path]
+        if others:
+            raise MisconfigurationError(
+                f"the weight of `{path}` is that of `{others[0]}` too, which the adapter does not change, and a merge "
+                "would: leave the adapter unmerged, or untie the two before adapting."
+            )
+
+
+def warn_of_frozen_heads(module: nn.Module) -> None:
+    """Say so when a head, most likely made anew, is frozen along with the pretrained part."""
+    for name, inner in module.named_modules():
+        parameters = list(inner.parameters())
+        if name.rpartition(".")[2] in _HEADS and parameters and not any(p.requires_grad for p in parameters):
+            rank_zero_warn(
+                f"`{name}` is inside the adapted module and frozen. If it is new, train it: trainable=({name!r},)."
+            )
+
+
+def trainable(module: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters of `module` that patterns select, by their own name or that of a module around them.
+
+    Raises:
+        MisconfigurationError: if a pattern selects nothing.
+    """
+    kept = []
+    for pattern in patterns:
+        selected = [
+            p for name, p in module.named_parameters() if any(path_matches(pattern, path) for path in _paths(name))
+        ]
+        if not selected:
+            parts = ", ".join(name for name, _ in module.named_children())
+            raise MisconfigurationError(
+                f"trainable {pattern!r} selects no parameter of {type(module).__name__}, whose modules are: {parts}. "
+                "What is outside the adapted module is trained anyway."
+            )
+        kept += selected
+    return kept
+
+
+def _paths(name: str) -> list[str]:
+    """`a.b.c` and the modules around it: `a`, `a.b`."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

@@ -1,0 +1,63 @@
+"""The rows of AdapterMixin: one for each method."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_tricks.engines import whole
+from lightning_tricks.mixins import IA3, AdapterMixin, BitFit, Bottleneck, DoRA, LoRA
+from lightning_tricks.mixins._method import Method
+from tests.conformance.compare import differences
+from tests.conformance.model import Classifier
+
+METHODS: dict[str, Method] = {
+    "LoRA": LoRA(rank=3, alpha=6, targets=("embedding", "query", "value:0-9"), rslora=True),
+    "DoRA": DoRA(rank=4, alpha=8, targets=("query", "value")),
+    "IA3": IA3(targets=("key", "value"), feedforward=("down",)),
+    "BitFit": BitFit(targets=("*",)),
+    "Bottleneck": Bottleneck(width=4, targets=("value", "down"), activation="gelu"),
+}
+
+
+class Adapted(AdapterMixin, Classifier):
+    """Its encoder is adapted by one of the methods; the last norm of the encoder, and the head, are trained too."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.adapt(self.encoder, METHODS[method], trainable=("norm",))
+
+
+class Rows:
+    """What a row needs, for one method."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def build(self) -> Any:
+        from tests.conformance.cases import Run
+
+        return Run(Adapted(self.method))
+
+    def observe(self, run: Any, trainer: L.Trainer) -> dict[str, Any]:
+        return {"base": frozen(run.module)}
+
+    def check(self, outcome: dict[str, Any]) -> None:
+        """All that is trained has moved, and is all that a checkpoint holds; the base has not."""
+        L.seed_everything(0, verbose=False)
+        fresh = Adapted(self.method)
+        assert outcome["weights"].keys() == fresh.state_dict().keys()
+        for name, value in fresh.state_dict().items():
+            assert not torch.equal(outcome["weights"][name], value), f"{name} was not trained"
+        base = frozen(fresh)
+        rounded = {name: value.bfloat16().float() for name, value in base.items()}  # where an engine keeps it in bf16
+        found = outcome["facts"]["base"]
+        assert any(not list(differences(found, one, tolerance=0.0)) for one in (base, rounded)), "the base has moved"
+
+
+def frozen(module: L.LightningModule) -> dict[str, torch.Tensor]:
+    """The frozen parameters, whole. Collective."""
+    return {name: whole(p).float().clone() for name, p in module.named_parameters() if not p.requires_grad}
+
+
+ROWS = {name: Rows(name) for name in METHODS}
