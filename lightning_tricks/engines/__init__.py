@@ -18,6 +18,7 @@ from lightning_tricks.engines._saving import save_safely
 from lightning_tricks.engines._schedules import HeldSchedules, add_schedule
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._shards import Shard
+from lightning_tricks.engines._snapshot import Snapshot
 from lightning_tricks.engines._stored import Stored, open_checkpoint, write_checkpoint
 from lightning_tricks.engines._tricks import InUse, Rule, Situation, Trick
 from lightning_tricks.engines._whole import whole
@@ -40,6 +41,7 @@ __all__ = [
     "Rule",
     "Shard",
     "Situation",
+    "Snapshot",
     "Stored",
     "Trick",
     "Whole",

@@ -9,7 +9,15 @@ ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*TORCH, *ZERO)
 _EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradient_groups")
 _NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "scale_gradients", "veto_step")
-_SHARDS = ("load_shards", "named_shards", "put_shards", "save_shards")
+_SHARDS = (
+    "capture_state",
+    "load_shards",
+    "named_shards",
+    "put_shards",
+    "put_shards_alone",
+    "restore_state",
+    "save_shards",
+)
 _WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
 _ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
 

@@ -1,5 +1,6 @@
 """Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""
 
+from lightning_tricks.functional.averaging import ema_decay, lerp_, mean_of
 from lightning_tricks.functional.class_losses import (
     class_loss_sums,
     log_prior,
@@ -38,6 +39,7 @@ from lightning_tricks.functional.quantization import (
     quantize_int8,
     quantize_nf4,
 )
+from lightning_tricks.functional.robust import robust_zscore
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
 from lightning_tricks.functional.weighted_mean import weighted_mean
 
@@ -57,6 +59,7 @@ __all__ = [
     "dequantize_int8",
     "dora_linear",
     "effective_number_weights",
+    "ema_decay",
     "fingerprint",
     "greedy_selection",
     "infer_mode",
@@ -64,12 +67,14 @@ __all__ = [
     "inverse_square_root_weights",
     "is_glob",
     "is_improvement",
+    "lerp_",
     "linear_decay",
     "linear_warmup",
     "log_prior",
     "low_rank_linear",
     "low_rank_row_norms",
     "low_rank_update",
+    "mean_of",
     "path_matches",
     "per_maximum_length",
     "per_sequence",
@@ -80,6 +85,7 @@ __all__ = [
     "quantize_nf4",
     "rank_scores",
     "remember_norm",
+    "robust_zscore",
     "same_fingerprint",
     "stable_decay",
     "two_class_logits",

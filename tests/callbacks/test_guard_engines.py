@@ -53,4 +53,4 @@ def test_c3_skipped_steps_are_logged(job, engine):
 
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero_3", marks=ZERO)])
 def test_one_bad_batch_in_a_thousand(job, engine):
-    job("one_batch_in_a_thousand", engine)
+    job("one_batch_in_a_thousand", engine, limit=240)
