@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_tricks  # registers the strategy flags
-from lightning_tricks.callbacks import GradientClipping, GradientNormMonitor
+from lightning_tricks.callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
 from lightning_tricks.engines import engine_of, ranks
+from lightning_tricks.errors import NonFiniteError
 from lightning_tricks.functional import per_token
 from lightning_tricks.mixins import ClassWeightedLossMixin, LossNormalizationMixin
 from tests.mixins.models import trainer
@@ -176,6 +177,29 @@ def expected(kind: str, clip: bool = False) -> dict:
             losses.append(float(loss.detach()))
     weights = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     return {"losses": losses, "norms": norms, "weights": weights, "rate": optimizer.param_groups[0]["lr"]}
+
+
+def poisoned(strategy: str) -> str:
+    """What a guard says of a loss that is not finite on the last rank."""
+
+    class Poisoned(Normalized):
+        def loss(self, logits, targets):
+            bad = self.trainer.fit_loop.batch_idx == 0 and ranks()[0] == ranks()[1] - 1
+            return super().loss(logits * float("nan") if bad else logits, targets)
+
+    options = {"devices": int(os.environ.get("WORLD_SIZE", 1)), "use_distributed_sampler": False, "max_steps": -1}
+    ours = trainer(
+        strategy=strategy,
+        callbacks=[NonFiniteGuard(max_skips=0)],
+        accumulate_grad_batches=WINDOW,
+        max_epochs=1,
+        **options,
+    )
+    try:
+        ours.fit(Poisoned())
+    except NonFiniteError as error:
+        return str(error)
+    return "none"
 
 
 def fail(strategy: str, fault: str) -> str:

@@ -103,5 +103,10 @@ def test_what_is_wrong_on_one_rank_is_told_on_all(job, strategy, fault):
     assert ("`sum_of_losses` has no gradient" if fault == "no gradient" else first) in second
 
 
+def test_a_guard_names_the_rank_whose_loss_is_not_finite(job):
+    for told in job["run"]("poisoned", "ddp"):
+        assert "epoch 0, batches 0 to 1 (the loss on rank 1)" in told
+
+
 def test_an_output_wrapped_by_ddp_is_recognised(job):
     as_one_big_batch(job, "ddp_find_unused_parameters_true", "tokens", "32-true")
