@@ -6,7 +6,7 @@ from lightning_tricks.callbacks._combine_policies import CombinePolicy, GreedySo
 from lightning_tricks.callbacks._gradient_policies import GradientPolicy, UnitwiseAdaptive, Value
 from lightning_tricks.callbacks._member_policies import Cyclic, Every, LastK, MemberPolicy, TopK
 from lightning_tricks.callbacks._norm_series import Suggestion
-from lightning_tricks.callbacks._patience import Epochs, Seconds, Steps
+from lightning_tricks.callbacks._patience import Epochs, Patience, Seconds, Steps
 from lightning_tricks.callbacks._watch import Watch
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
@@ -34,6 +34,7 @@ __all__ = [
     "LastK",
     "MemberPolicy",
     "NonFiniteGuard",
+    "Patience",
     "Percentile",
     "Predictions",
     "SWA",
