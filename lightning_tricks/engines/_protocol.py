@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_tricks.engines._facts import Memory, Precisions
 from lightning_tricks.engines._shards import Shard
+from lightning_tricks.engines._snapshot import Snapshot
 
 __all__ = ["Engine"]
 
@@ -277,6 +278,21 @@ class Engine(Protocol):
 
         Raises:
             CheckpointError: if the file is absent or truncated, a name is missing or too many, or a shape differs.
+        """
+
+    def capture_state(self) -> Snapshot:
+        """A copy of what training changes on this rank: masters, moments, step counts, rates, buffers.
+
+        Left out are learning-rate schedules and the loss scale, which are not the engine's, and random numbers. It is
+        for this very fit: a checkpoint is what other processes can load.
+
+        Live, between steps. Communicates nothing. Memory: as much as the weights and the optimizer's state.
+        """
+
+    def restore_state(self, state: Snapshot) -> None:
+        """Go back to a state that `capture_state` gave in this fit, bit for bit.
+
+        Live, between steps. Collective. Costs a copy, and under ZeRO what a step does to hand out new weights.
         """
 
     def keep_in_checkpoint(self, checkpoint: dict[str, Any], name: str, values: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from lightning_tricks.mixins.dora import DoRA
 from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA, LoRAMixin
 from lightning_tricks.mixins.loss_normalization import LossNormalizationMixin
+from lightning_tricks.mixins.prompts import PrefixTuning, PromptTuning
 
 __all__ = [
     "AdapterFusion",
@@ -40,6 +41,8 @@ __all__ = [
     "LoRAMixin",
     "LogitAdjusted",
     "LossNormalizationMixin",
+    "PrefixTuning",
+    "PromptTuning",
     "TrainableReport",
     "trainable_report",
 ]

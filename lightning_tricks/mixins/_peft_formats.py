@@ -16,12 +16,14 @@ from lightning_tricks.mixins._method import Method, layers_of
 from lightning_tricks.mixins.dora import DoRA
 from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA
+from lightning_tricks.mixins.prompts import PrefixTuning, PromptTuning, exported_prompt
 
 __all__ = ["exported", "fill", "method_of"]
 
 _LOW_RANK = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)")
 _SCALED = re.compile(r"(.+)\.(ia3_l)")
-_KNOWN = {"LORA": _LOW_RANK, "IA3": _SCALED}
+_PROMPT = re.compile("()(prompt_embeddings)")
+_KNOWN = {"LORA": _LOW_RANK, "IA3": _SCALED, "PROMPT_TUNING": _PROMPT, "PREFIX_TUNING": _PROMPT}
 # Options of peft's LoRA that change what its tensors mean, with the values at which they do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -49,6 +51,8 @@ def exported(method: Method, module: nn.Module, name: str) -> tuple[dict[str, An
         config, tensors = _export_low_rank(method, module, name)
     elif isinstance(method, IA3):
         config, tensors = _export_scaled(module, name)
+    elif isinstance(method, PromptTuning | PrefixTuning):
+        config, tensors = exported_prompt(module, name)
     else:
         raise MisconfigurationError(
             f"peft has no {type(method).__name__}, so that its format cannot hold one: keep a checkpoint, or "
@@ -59,9 +63,8 @@ def exported(method: Method, module: nn.Module, name: str) -> tuple[dict[str, An
         "base_model_name_or_path": getattr(getattr(module, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "modules_to_save": saved or None,
-        "task_type": None,
     }
-    return config, tensors | others
+    return {"task_type": None, **config}, tensors | others
 
 
 def _export_low_rank(method: LoRA, module: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,7 +183,7 @@ def method_of(folder: AdapterFolder) -> tuple[Method, tuple[str, ...]]:
     for key in others:
         if not any(f".{key}".find(f".{module}.") >= 0 for module in saved):
             raise CheckpointError(f"{folder.path} holds a tensor {key!r} that no adapter of the type {kind} has.")
-    method = _low_rank_method(folder) if kind == "LORA" else _scaled_method(folder)
+    method = _METHODS[kind](folder)
     return method, tuple(others)
 
 
@@ -222,6 +225,23 @@ def _scaled_method(folder: AdapterFolder) -> Method:
         (inputs if tensor.shape[0] == 1 and tensor.dim() == 2 else outputs).append(path)
     _require_targets(folder, [*inputs, *outputs])
     return IA3(targets=tuple(outputs), feedforward=tuple(inputs))
+
+
+def _prompt_method(folder: AdapterFolder) -> Method:
+    tokens = int(_parts(folder)[0][2].shape[0])
+    if tokens != folder.config.get("num_virtual_tokens", tokens):
+        raise CheckpointError(
+            f"{folder.path} holds {tokens} vectors, and the configuration says {folder.config['num_virtual_tokens']}."
+        )
+    return PromptTuning(tokens=tokens) if folder.config["peft_type"] == "PROMPT_TUNING" else PrefixTuning(tokens=tokens)
+
+
+_METHODS = {
+    "IA3": _scaled_method,
+    "LORA": _low_rank_method,
+    "PREFIX_TUNING": _prompt_method,
+    "PROMPT_TUNING": _prompt_method,
+}
 
 
 def _parts(folder: AdapterFolder) -> list[tuple[str, str, Tensor]]:
@@ -266,7 +286,7 @@ def fill(module: nn.Module, name: str, folder: AdapterFolder) -> None:
     wanted: dict[str, Tensor] = {}
     for path, layer in layers.items():
         wanted |= {f"{path}.{kind}": value for kind, value in layer.adapter_parameters(name).items()}
-    given = {f"{path}.{_OURS[kind]}": _ours(kind, t) for path, kind, t in _parts(folder)}
+    given = {_place(folder, path, kind): _ours(kind, t) for path, kind, t in _parts(folder)}
     others = {key: t for key, t in folder.tensors.items() if not _KNOWN[folder.config["peft_type"]].fullmatch(key)}
     entries = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     wanted |= {key: entries[key] for key in others if key in entries}
@@ -281,6 +301,12 @@ def fill(module: nn.Module, name: str, folder: AdapterFolder) -> None:
                 )
         for key, value in given.items():
             wanted[key].copy_(value)
+
+
+def _place(folder: AdapterFolder, path: str, kind: str) -> str:
+    if kind == "prompt_embeddings":
+        return "prompts.prompt" if folder.config["peft_type"] == "PROMPT_TUNING" else "prompts.prefix"
+    return f"{path}.{_OURS[kind]}"
 
 
 def _require_the_same_names(folder: AdapterFolder, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -310,4 +336,4 @@ def _ours(kind: str, tensor: Tensor) -> Tensor:
         return tensor.t()
     if kind == "lora_A.weight":
         return tensor.flatten(1)
-    return tensor.flatten()
+    return tensor if kind == "prompt_embeddings" else tensor.flatten()
