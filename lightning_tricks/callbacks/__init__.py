@@ -14,7 +14,7 @@ from lightning_tricks.callbacks._learning_rate_policies import (
 )
 from lightning_tricks.callbacks._member_policies import Cyclic, Every, LastK, MemberPolicy, TopK
 from lightning_tricks.callbacks._norm_series import Suggestion
-from lightning_tricks.callbacks._patience import Epochs, Seconds, Steps
+from lightning_tricks.callbacks._patience import Epochs, Patience, Seconds, Steps
 from lightning_tricks.callbacks._watch import Watch
 from lightning_tricks.callbacks.batch_size_accumulation import BatchSizeAccumulation
 from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble
@@ -53,6 +53,7 @@ __all__ = [
     "Linear",
     "MemberPolicy",
     "NonFiniteGuard",
+    "Patience",
     "Percentile",
     "Predictions",
     "SWA",

@@ -1,6 +1,7 @@
 """Patience: how long a fit may go on without an improvement, in validations, epochs, steps or seconds."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +24,16 @@ class Clock(NamedTuple):
         return Clock(validations, epochs, steps, self.seconds - other.seconds)
 
 
+class Patience(ABC):
+    """How long a fit may go on without an improvement: `Epochs`, `Steps` or `Seconds`."""
+
+    @abstractmethod
+    def spent(self, elapsed: Clock) -> str | None:
+        """How long it was, in words, if that is too long."""
+
+
 @dataclass(frozen=True)
-class Validations:
+class Validations(Patience):
     """Patience counted in validations; what a whole number means.
 
     Args:
@@ -46,7 +55,7 @@ class Validations:
 
 
 @dataclass(frozen=True)
-class Epochs:
+class Epochs(Patience):
     """Patience counted in epochs, however often each is validated.
 
     Args:
@@ -69,7 +78,7 @@ class Epochs:
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Patience):
     """Patience counted in optimizer steps. It is looked at after validations.
 
     Args:
@@ -92,7 +101,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class Seconds(Patience):
     """Patience counted in seconds of training and validation, by rank 0's clock. It is looked at after validations.
 
     Args:
@@ -115,16 +124,13 @@ class Seconds:
         return f"{elapsed.seconds:.0f} seconds" if elapsed.seconds >= self.n else None
 
 
-Patience = Validations | Epochs | Steps | Seconds
-
-
 def patience_of(given: Any) -> Patience:
     """A whole number is one of validations.
 
     Raises:
         MisconfigurationError: if it is neither that nor a patience.
     """
-    return given if isinstance(given, Validations | Epochs | Steps | Seconds) else Validations(given)
+    return given if isinstance(given, Patience) else Validations(given)
 
 
 def _refuse_uncountable(name: str, n: Any) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_tricks.callbacks._base import is_dry_run, writable_folder
 from lightning_tricks.callbacks._monitor import NEEDS_VALIDATION, Mode, Monitor
-from lightning_tricks.callbacks._patience import Clock, Epochs, Seconds, Steps, patience_of
+from lightning_tricks.callbacks._patience import Clock, Patience, patience_of
 from lightning_tricks.callbacks._scored import ScoredCallback
 from lightning_tricks.callbacks._shelf import Shelf
 from lightning_tricks.callbacks._stopping_plot import plot_stopping
@@ -80,7 +80,7 @@ class EarlyStopping(ScoredCallback):
         monitor: str | Watch | Sequence[str | Watch] = "val/loss",
         *,
         mode: Mode = "auto",
-        patience: int | Epochs | Steps | Seconds = 3,
+        patience: int | Patience = 3,
         min_delta: float = 0.0,
         restore_best: bool = True,
         dirpath: str | Path | None = None,
