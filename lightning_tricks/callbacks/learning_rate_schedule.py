@@ -27,7 +27,12 @@ def _own_schedule(now: Situation, _: InUse) -> Mapping[str, object] | str | None
 
 
 def _end_unknown(now: Situation, used: InUse) -> Mapping[str, object] | None:
-    changes = [other.name for other in now.tricks if "change the accumulation" in other.trick.jobs]
+    changes = [
+        other.name
+        for other in now.tricks
+        if "change the accumulation" in other.trick.jobs
+        or ("choose the accumulation" in other.trick.jobs and len(other.source.target) > 1)
+    ]
     return {"other": changes[0]} if changes and used.source.total_steps == "auto" else None
 
 
@@ -91,6 +96,8 @@ class LearningRateSchedule(TrickCallback):
             ),
         ),
     )
+
+    place: ClassVar[int | None] = 4  # after whoever chooses how many batches a step has
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """A data loader that goes on exactly where it was interrupted, on any number of ranks."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,6 +91,13 @@ class TricksDataLoader:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next. Lightning calls it before every epoch."""
         self._order.set_epoch(epoch)
+
+    def anew(self) -> "TricksDataLoader":
+        """A loader of the same epoch's batches, from the first one, with a position of its own."""
+        other = copy.copy(self)
+        other._order = copy.copy(self._order)
+        other._taken, other._resumed = (-1, []), False
+        return other
 
     def __len__(self) -> int:
         """The number of batches of a whole epoch, the same on every rank and in every epoch."""

@@ -160,6 +160,9 @@ class DeepSpeedEngine(BaseEngine):
         else:
             super()._put(entry, values)
 
+    def _publishes_alone(self) -> bool:
+        return self.world_size == 1
+
     def _publish(self) -> None:
         optimizer = self._live.optimizer
         if self._stage < 3 and hasattr(optimizer, "update_lp_params"):

@@ -1,5 +1,6 @@
 """Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""
 
+from lightning_tricks.functional.averaging import ema_decay, lerp_, mean_of
 from lightning_tricks.functional.class_losses import (
     class_loss_sums,
     log_prior,
@@ -58,6 +59,7 @@ __all__ = [
     "dequantize_int8",
     "dora_linear",
     "effective_number_weights",
+    "ema_decay",
     "fingerprint",
     "greedy_selection",
     "infer_mode",
@@ -65,12 +67,14 @@ __all__ = [
     "inverse_square_root_weights",
     "is_glob",
     "is_improvement",
+    "lerp_",
     "linear_decay",
     "linear_warmup",
     "log_prior",
     "low_rank_linear",
     "low_rank_row_norms",
     "low_rank_update",
+    "mean_of",
     "path_matches",
     "per_maximum_length",
     "per_sequence",

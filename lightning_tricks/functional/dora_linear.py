@@ -124,7 +124,8 @@ class _DoRALinear(torch.autograd.Function):
         ctx.save_for_backward(x, cast, bias, down, up, magnitude, factor, narrow)
         ctx.scale, ctx.transposed, ctx.weight_dtype = scale, transposed, weight.dtype
         # Not by `save_for_backward`, which would refuse an in-place activation after the layer.
-        ctx.remembered = None if torch.compiler.is_compiling() else (out.detach(), out._version)
+        untracked = torch.compiler.is_compiling() or out.is_inference()
+        ctx.remembered = None if untracked else (out.detach(), out._version)
         return out
 
     @staticmethod

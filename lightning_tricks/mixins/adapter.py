@@ -14,6 +14,7 @@ from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.layers import adapted_layers, leave_fast_path
 from lightning_tricks.mixins import _selection as selection
+from lightning_tricks.mixins._adapter_trick import groups, trick_named
 from lightning_tricks.mixins._footprint import trainable_report
 from lightning_tricks.mixins._frozen_base import FrozenBase
 from lightning_tricks.mixins._method import Method
@@ -65,20 +66,13 @@ class AdapterMixin(_Base):
     """
 
     default_method: ClassVar[type[Method] | None] = None
-    trick: ClassVar[Trick]
+    trick: ClassVar[Trick] = trick_named("AdapterMixin")
     _frozen_base: FrozenBase
     _adapted: dict[str, dict[str, _Adapter]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         require_before_lightning_module(cls, AdapterMixin)
-
-    @staticmethod
-    def trick_named(mixin: str) -> Trick:
-        """What a mixin of this name declares; of a module's adapting mixins, the first one in its order is named."""
-        return Trick(
-            jobs=("adapt weights",), used=lambda module: "_adapted" in vars(module) and _first(module) == mixin
-        )
 
     # -- adapting ------------------------------------------------------------------------------------------------
 
@@ -266,21 +260,7 @@ class AdapterMixin(_Base):
         Example:
             `torch.optim.AdamW(self.parameter_groups(lr=1e-4, weight_decay=0.01))`
         """
-        faster: dict[int, float] = {}
-        for prefix, held in self.__dict__.get("_adapted", {}).items():
-            for _, layer in adapted_layers(self.get_submodule(prefix)):
-                for name in layer.adapters:
-                    ratio = getattr(held[name].method, "plus", None) if name in held else None
-                    if ratio is not None and "lora_B" in layer.adapter_parameters(name):
-                        faster[id(layer.own("lora_B", name))] = ratio
-        groups: dict[float, list[nn.Parameter]] = {}
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                groups.setdefault(faster.get(id(parameter), 1.0), []).append(parameter)
-        return [
-            {"params": parameters, "lr": lr * ratio, "weight_decay": weight_decay}
-            for ratio, parameters in sorted(groups.items())
-        ]
+        return groups(self, lr, weight_decay)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -408,17 +388,9 @@ class AdapterMixin(_Base):
         return trainer is not None and (trainer.state.fn, trainer.state.status) == ("fit", "running")
 
 
-AdapterMixin.trick = AdapterMixin.trick_named("AdapterMixin")
-
-
 def adapter_files() -> Any:
     """The files' code knows every method, and methods know this mixin: it is imported when it is needed."""
     return import_module("lightning_tricks.mixins._adapter_files")
-
-
-def _first(module: Any) -> str:
-    """Of the module's base classes, the first that is a mixin of adapters."""
-    return next(base.__name__ for base in type(module).__mro__ if isinstance(vars(base).get("trick"), Trick))
 
 
 def _require_together(prefix: str, methods: list[Method]) -> None:

@@ -20,6 +20,7 @@ from lightning_tricks.layers import (
     find_targets,
 )
 from lightning_tricks.layers.targets import plain_type
+from lightning_tricks.mixins._adapter_trick import trick_named
 from lightning_tricks.mixins._method import Method, refuse_other_adapters, require_targets
 from lightning_tricks.mixins._order import require_before_lightning_module
 from lightning_tricks.mixins.adapter import AdapterMixin
@@ -212,7 +213,7 @@ class LoRAMixin(AdapterMixin):
     """
 
     default_method: ClassVar[type[Method] | None] = LoRA
-    trick = AdapterMixin.trick_named("LoRAMixin")
+    trick = trick_named("LoRAMixin")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         require_before_lightning_module(cls, LoRAMixin)

@@ -4,12 +4,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor, nn
 
 from lightning_tricks.engines import whole
-from lightning_tricks.mixins import IA3, AdapterMixin, BitFit, Bottleneck, DoRA, LoRA
+from lightning_tricks.mixins import IA3, AdapterMixin, BitFit, Bottleneck, DoRA, LoRA, PrefixTuning, PromptTuning
 from lightning_tricks.mixins._method import Method
 from tests.conformance.compare import differences
-from tests.conformance.model import Classifier
+from tests.conformance.model import VOCABULARY, WIDTH, Classifier
 
 METHODS: dict[str, Method] = {
     "LoRA": LoRA(rank=3, alpha=6, targets=("embedding", "query", "value:0-9"), rslora=True),
@@ -17,6 +18,8 @@ METHODS: dict[str, Method] = {
     "IA3": IA3(targets=("key", "value"), feedforward=("down",)),
     "BitFit": BitFit(targets=("*",)),
     "Bottleneck": Bottleneck(width=4, targets=("value", "down"), activation="gelu"),
+    "PromptTuning": PromptTuning(tokens=3),
+    "PrefixTuning": PrefixTuning(tokens=3, reparametrised=5),
 }
 
 
@@ -25,7 +28,32 @@ class Adapted(AdapterMixin, Classifier):
 
     def __init__(self, method: str) -> None:
         super().__init__()
-        self.adapt(self.encoder, METHODS[method], trainable=("norm",))
+        policy = METHODS[method]
+        norm = "norm"
+        if isinstance(policy, PromptTuning | PrefixTuning):
+            self.encoder, norm = Decoder(), "ln_f"
+        net = self.encoder.net if isinstance(self.encoder, Decoder) else self.encoder
+        self.adapt(net, policy, trainable=(norm,))
+
+
+class Decoder(nn.Module):
+    """A Hugging Face model instead of the encoder: prompts are for those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2Model
+
+        config = GPT2Config(
+            n_layer=2, n_embd=WIDTH, n_head=2, vocab_size=VOCABULARY, n_positions=20, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        self.net = GPT2Model(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        real = (tokens != 0).long()
+        hidden = self.net(input_ids=tokens, attention_mask=real).last_hidden_state
+        weights = real.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
 
 
 class Rows:

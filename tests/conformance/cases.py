@@ -46,6 +46,8 @@ from lightning_tricks.callbacks import (
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance import accumulation_cases as accumulation
+from tests.conformance import averaging_cases as averaging
 from tests.conformance import data_cases
 from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
@@ -398,9 +400,13 @@ CASES = (
     Case("GradientClipping", clipping_by_part, check_parts, variant="parts"),
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
+    Case("BatchSizeAccumulation", accumulation.batch_size_accumulation, accumulation.check_batch_size_accumulation),
     Case("SpikeRecovery", spike_recovery, check_spike_recovery, observe_spike_recovery),
     Case("LearningRateSchedule", schedule.learning_rate_schedule, schedule.check_learning_rate_schedule),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
+    Case("WeightAveraging", lambda: Run(*averaging.ema()), averaging.check_ema, averaging.observe_averaging),
+    Case("WeightAveraging", lambda: Run(*averaging.swa()), averaging.check_swa, averaging.observe_averaging, "SWA"),
+    Case("WeightAveraging", lambda: Run(*averaging.lawa()), averaging.check_lawa, averaging.observe_averaging, "LAWA"),
     Case("CheckpointEnsemble", ensembles.cyclic, ensembles.check_cyclic, ensembles.observe_cyclic, variant="Cyclic"),
     Case(
         "CheckpointEnsemble",

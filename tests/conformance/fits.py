@@ -1,5 +1,6 @@
 """What a worker does for one cell: an uninterrupted fit, and one that is interrupted in mid-epoch and resumed."""
 
+import gc
 import importlib
 import logging
 from collections import defaultdict
@@ -41,11 +42,14 @@ def cell(rows: str, case: str, engine: str, precision: str, folder: str) -> dict
     """
     (found,) = (row for row in importlib.import_module(rows).CASES if row.name == case)
     fits = Fits(found, engine, precision, Path(folder))
+    gc.freeze()  # DeepSpeed collects garbage at each fit: what was imported is none
     try:
         fits.straight()
+        fits.resumed()
     except UnsupportedError as error:
         return {"message": str(error), "reason": error.reason}
-    fits.resumed()
+    finally:
+        gc.unfreeze()
     return {}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lightning_tricks  # noqa: F401  registers the strategy flags
+import lightning_tricks
 from lightning_tricks.engines import engine_of, ranks
 from lightning_tricks.errors import CheckpointError
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA
@@ -148,3 +148,36 @@ def expected_losses() -> tuple[list[float], dict[str, torch.Tensor]]:
                 parameter -= 0.5 * parameter.grad
         values.append(loss.item())
     return values, {key: tensor.clone() for key, tensor in module.state_dict().items()}
+
+
+class Resting(Classifier):
+    """One adapter is trained, the other is at rest, with values of its own."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.adapt(self.encoder, LoRA(rank=2, targets=("pooler",)), name="second")
+        generator = torch.Generator().manual_seed(seed)
+        for block in self.encoder.layer:
+            for parameter in (block.query.lora_A, block.query.lora_B, block.value.lora_A, block.value.lora_B):
+                with torch.no_grad():
+                    parameter.copy_(torch.randn(2, 6, generator=generator))
+
+
+def rest_and_resume(strategy: str, folder: str) -> list[bool]:
+    """Fit beside an adapter at rest, save, resume in a module whose adapter at rest has other values."""
+    checkpoint = Path(folder) / "rest.ckpt"
+    trainer(strategy=strategy, devices=2, max_steps=-1, max_epochs=1).fit(first := Resting(0))
+    first.trainer.save_checkpoint(checkpoint)
+    ours = trainer(strategy=strategy, devices=2, max_steps=-1, max_epochs=2)
+    ours.fit(Resting(1), ckpt_path=checkpoint)
+    found = {name: tensor.clone() for name, tensor in engine_of(ours).named_full_weights()}
+    expected = {name: value for name, value in Resting(0).state_dict().items() if "encoder.layer" in name}
+    at_rest = [torch.equal(found[name], value) for name, value in expected.items()]
+    moved = float(found["encoder.pooler.lora_B_second"].abs().max()) > 0
+    return [len(at_rest) == 10 and all(at_rest), moved, not any(name.endswith("query.weight") for name in found)]
+
+
+def degraded_at_rest(strategy: str) -> list[str]:
+    """What the check says of adapters at rest at bf16-mixed."""
+    ours = trainer(strategy=strategy, devices=2, precision="bf16-mixed")
+    return [found.why for found in lightning_tricks.check(ours, Resting()).of("degraded")]

@@ -87,3 +87,15 @@ def test_the_weights_of_classes_stay_fp32(strategy, group, tmp_path):
     group.call("tests.mixins.jobs:weigh", strategy=strategy, devices=2, precision="bf16-mixed", folder=str(tmp_path))
     found = torch.load(tmp_path / "weighted.pt", weights_only=True)["class_weights"]
     assert torch.equal(found, weights["class_weights"])
+
+
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_adapters_at_rest_are_saved_and_come_back(strategy, group, tmp_path):
+    assert group.call("tests.mixins.jobs:rest_and_resume", strategy=strategy, folder=str(tmp_path)) == [[True] * 3] * 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero_2"])
+def test_adapters_at_rest_that_are_rounded_are_told_of(strategy, group):
+    told, _ = group.call("tests.mixins.jobs:degraded_at_rest", strategy=strategy)
+    assert len(told) == (strategy == "zero_2")
+    assert not told or "the adapters at rest (default) are rounded to 16 bits" in told[0]
