@@ -183,9 +183,7 @@ class DeepSpeedEngine(BaseEngine):
     def restore_state(self, state: Snapshot) -> None:
         """Put it back; moments that had not been are made anew, and stages 1 and 2 then look for them again."""
         super().restore_state(state)
-        if self._stage < 3 and not any(
-            moments for groups, _ in state.optimizers for group in groups for moments in group
-        ):
+        if self._stage < 3 and not any(moments.states for moments in state.optimizers):
             self._live.optimizer._hp_optimizer_states_linked = False
 
     # -- what it holds -----------------------------------------------------------------------------------------

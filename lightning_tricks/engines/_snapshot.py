@@ -3,13 +3,20 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Snapshot", "copy_buffers", "moments_of", "put_moments"]
+__all__ = ["Moments", "Snapshot", "copy_buffers", "moments_of", "put_moments"]
+
+
+class Moments(NamedTuple):
+    """What an optimizer knows: the state of each parameter that it has stepped, and each group's options."""
+
+    states: list[tuple[Tensor, dict[str, Any]]]
+    options: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -24,32 +31,31 @@ class Snapshot:
 
     weights: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
-    optimizers: tuple[Any, ...]
+    optimizers: tuple[Moments, ...]
 
 
-def moments_of(optimizer: Optimizer) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Copies of the state of each parameter of each group, and of the groups' options."""
+def moments_of(optimizer: Optimizer) -> Moments:
+    """Copies of the state of each parameter, and of the groups' options.
+
+    The state is gone through by its own keys: ZeRO-3 puts its flat pieces into the groups within a step only.
+    """
     states = [
-        [{key: _copy(value) for key, value in optimizer.state.get(own, {}).items()} for own in group["params"]]
-        for group in optimizer.param_groups
+        (own, {key: _copy(value) for key, value in state.items()}) for own, state in optimizer.state.items() if state
     ]
-    options = [
-        {key: _copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-    ]
-    return states, options
+    groups = optimizer.param_groups
+    return Moments(states, [{key: _copy(value) for key, value in group.items() if key != "params"} for group in groups])
 
 
-def put_moments(optimizer: Optimizer, saved: tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+def put_moments(optimizer: Optimizer, saved: Moments) -> None:
     """Put the copies back, into the same tensors, of which others may hold views."""
-    for group, states, options in zip(optimizer.param_groups, *saved, strict=True):
+    for group, options in zip(optimizer.param_groups, saved.options, strict=True):
         group.update({key: _copy(value) for key, value in options.items()})
-        for own, state in zip(group["params"], states, strict=True):
-            if not state:
-                optimizer.state.pop(own, None)  # as before its first step
-                continue
-            present = optimizer.state[own]
-            for key, value in state.items():
-                _put(present, key, value)
+    kept = {id(own) for own, _ in saved.states}
+    for own in [own for own in optimizer.state if id(own) not in kept]:
+        del optimizer.state[own]  # as before its first step
+    for own, state in saved.states:
+        for key, value in state.items():
+            _put(optimizer.state[own], key, value)
 
 
 def _put(state: dict[str, Any], key: str, value: Any) -> None:
