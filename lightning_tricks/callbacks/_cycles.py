@@ -6,11 +6,11 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_tricks.callbacks._member_policies import Cyclic
-from lightning_tricks.engines import Engine, InUse, Rule, Situation
+from lightning_tricks.engines import Engine, InUse, Rule, Situation, rival
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import cosine_restarts, cycle_ends
 
-__all__ = ["CYCLE_RULES", "Cycles"]
+__all__ = ["CYCLE_JOB", "CYCLE_RULES", "Cycles"]
 
 _NEARLY_DOWN = 0.1  # of the way: a last cycle that dropped steps have shortened counts if its rate came this far
 
@@ -81,12 +81,8 @@ class Cycles:
         return cosine_restarts(step, self._steps, self.policy.cycles, self.policy.floor)
 
 
-def _is_cyclic(used: InUse) -> bool:
-    return isinstance(used.source.members, Cyclic)
-
-
-def _other_schedule(situation: Situation, used: InUse) -> Mapping[str, object] | None:
-    if not _is_cyclic(used) or not situation.fitting:
+def _other_schedule(situation: Situation, _: InUse) -> Mapping[str, object] | None:
+    if not situation.fitting:
         return None
     configs = situation.trainer.lr_scheduler_configs
     if configs:
@@ -94,11 +90,18 @@ def _other_schedule(situation: Situation, used: InUse) -> Mapping[str, object] |
     return {"scheduler": "DeepSpeed's"} if "scheduler" in situation.deepspeed_config else None
 
 
-def _manual(situation: Situation, used: InUse) -> Mapping[str, object] | None:
-    return {} if _is_cyclic(used) and not situation.module.automatic_optimization else None
+def _manual(situation: Situation, _: InUse) -> Mapping[str, object] | None:
+    return {} if not situation.module.automatic_optimization else None
 
 
+CYCLE_JOB = "schedule the learning rate"  # declared by ensembles whose members are cyclic
 CYCLE_RULES = (
+    Rule(
+        when=rival(CYCLE_JOB),
+        verdict="refused",
+        words="{trick} with Cyclic sets the learning rate itself, and so does {other}",
+        remedy="leave {other} out, or use LastK or TopK",
+    ),
     Rule(
         when=_other_schedule,
         verdict="refused",

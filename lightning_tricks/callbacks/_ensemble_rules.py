@@ -7,7 +7,6 @@ from typing import Literal
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_tricks.callbacks._combine_policies import GreedySoup, Predictions
-from lightning_tricks.callbacks._cycles import CYCLE_RULES
 from lightning_tricks.callbacks._member_policies import TopK
 from lightning_tricks.callbacks._monitor import NEEDS_VALIDATION, checked_mode
 from lightning_tricks.engines import InUse, Rule, Situation
@@ -55,5 +54,4 @@ ENSEMBLE_RULES = (
         "eval() mode before the fit",
         known="built",
     ),
-    *CYCLE_RULES,
 )

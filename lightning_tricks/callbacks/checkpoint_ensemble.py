@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_tricks.callbacks._base import is_dry_run, writable_folder
 from lightning_tricks.callbacks._combine_policies import CombinePolicy, GreedySoup, Predictions, Uniform
 from lightning_tricks.callbacks._combining import Combiner, FromPaths, FromShelf, Source
-from lightning_tricks.callbacks._cycles import Cycles
+from lightning_tricks.callbacks._cycles import CYCLE_JOB, CYCLE_RULES, Cycles
 from lightning_tricks.callbacks._ensemble_file import write_ensemble
 from lightning_tricks.callbacks._ensemble_rules import ENSEMBLE_RULES, monitored
 from lightning_tricks.callbacks._given_members import GivenMembers
@@ -115,6 +115,9 @@ class CheckpointEnsemble(ScoredCallback):
         self.members, self.combine, self.dirpath = members, combine, dirpath
         if (found := monitored(members, combine)) is not None:
             self._monitor = Monitor("CheckpointEnsemble", *found)
+        if isinstance(members, Cyclic):  # this instance does another job as well
+            jobs, rules = (*self.trick.jobs, CYCLE_JOB), (*self.trick.rules, *CYCLE_RULES)
+            vars(self)["trick"] = Trick(jobs=jobs, needs=(*self.trick.needs, "was_step_applied"), rules=rules)
         self._reset()
 
     @property

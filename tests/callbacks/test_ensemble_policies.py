@@ -13,10 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tricks.callbacks import (
     CheckpointEnsemble,
+    Cosine,
     Cyclic,
     Every,
     GreedySoup,
     LastK,
+    LearningRateSchedule,
     NonFiniteGuard,
     Predictions,
     TopK,
@@ -336,6 +338,13 @@ def test_cyclic_is_refused_beside_another_scheduler(trainer, scripted):
     with pytest.raises(MisconfigurationError, match=r"Cyclic sets the learning rate itself, and so does.*StepLR"):
         trainer([CheckpointEnsemble(Cyclic())]).fit(Scheduled())
     trainer([CheckpointEnsemble(LastK())], max_epochs=1).fit(Scheduled())
+
+
+@pytest.mark.parametrize("first", ["ensemble", "schedule"])
+def test_cyclic_is_refused_beside_a_schedule_of_the_suite(trainer, scripted, first):
+    both = [CheckpointEnsemble(Cyclic()), LearningRateSchedule(Cosine())]
+    with pytest.raises(MisconfigurationError, match=r"set the learning rate|sets the learning rate itself"):
+        trainer(both if first == "ensemble" else both[::-1]).fit(scripted())
 
 
 def test_cyclic_is_refused_under_manual_optimisation(trainer, scripted):
