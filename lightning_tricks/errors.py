@@ -4,6 +4,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "DegradedWarning",
+    "DivergenceError",
     "MisconfigurationError",
     "MissingDependencyError",
     "NonFiniteError",
@@ -34,6 +35,10 @@ class MissingDependencyError(TricksError, ImportError):
 
 class NonFiniteError(TricksError, ArithmeticError):
     """Training met one step after another whose loss or gradient is not finite: the message names the batches."""
+
+
+class DivergenceError(TricksError, ArithmeticError):
+    """Training diverged again and again, whatever it went back to: the message names the steps."""
 
 
 class DegradedWarning(UserWarning):

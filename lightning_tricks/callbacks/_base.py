@@ -20,8 +20,8 @@ class TrickCallback(Callback):
     instead of `setup`, `state_dict` and `load_state_dict`: state is loaded into a `fit` only, so that
     `trainer.test(ckpt_path=...)` afterwards leaves what the fit found as it was.
 
-    Those that treat gradients have a `place`, and act in its order whatever their order in the Trainer's list: 0 drops
-    steps, 1 measures, 2 clips, 3 averages.
+    Those that treat gradients or weights have a `place`, and act in its order whatever their order in the Trainer's
+    list: -1 chooses the accumulation, 0 drops steps, 1 measures, 2 clips, 3 averages, 4 schedules or restores.
 
     The first of them in a fit runs `lightning_tricks.check`, which goes by what each declares in `trick`.
     """

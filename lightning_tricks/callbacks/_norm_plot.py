@@ -5,7 +5,7 @@ from typing import Any
 from lightning_tricks.callbacks._norm_series import NormSeries
 from lightning_tricks.errors import MissingDependencyError
 
-__all__ = ["plot_norms"]
+__all__ = ["new_axes", "plot_norms"]
 
 
 def plot_norms(series: NormSeries, ax: Any = None) -> tuple[Any, Any]:
@@ -22,7 +22,7 @@ def plot_norms(series: NormSeries, ax: Any = None) -> tuple[Any, Any]:
         MissingDependencyError: without matplotlib.
     """
     series.settle()
-    ax = _new_axes() if ax is None else ax
+    ax = new_axes() if ax is None else ax
     steps, norms, limits = zip(*series.points, strict=True) if series.points else ((), (), ())
     ax.plot(steps, norms, ".", markersize=3, color="#4477aa", label="norm")
     if series.sketch.count:
@@ -39,7 +39,12 @@ def plot_norms(series: NormSeries, ax: Any = None) -> tuple[Any, Any]:
     return ax.figure, ax
 
 
-def _new_axes() -> Any:
+def new_axes() -> Any:
+    """Those of a new figure.
+
+    Raises:
+        MissingDependencyError: without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -12,6 +12,7 @@ from lightning_tricks.callbacks._base import TrickCallback
 from lightning_tricks.callbacks._norm_plot import plot_norms
 from lightning_tricks.callbacks._norm_series import NormSeries, Suggestion
 from lightning_tricks.callbacks._selection import none_selected, selected, trained_names
+from lightning_tricks.callbacks._update_ratio import UpdateRatio
 from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
 
@@ -33,10 +34,13 @@ class GradientNormMonitor(TrickCallback):
         groups: parts of the model: a prefix of parameter names (`encoder`, `encoder.layer.0`) or a pattern
             (`*.attention.*`) each; or a mapping from the names to log to such.
         every_n_steps: optimizer steps from one measurement to the next, 1 or more.
+        update_ratio_every: optimizer steps from one measurement of `update_ratio/total` and `update_ratio/<group>` to
+            the next: the norm of what a step changes over that of the weights, 1e-3 in a healthy training by Adam. It
+            takes a copy of this rank's weights for the time of that step; None: it is not measured.
 
     Raises:
-        MisconfigurationError: if `every_n_steps` is not a whole number above 0, or a group selects no trained
-            parameter or takes a name that is logged already.
+        MisconfigurationError: if `every_n_steps` or `update_ratio_every` is not a whole number above 0, or a group
+            selects no trained parameter or takes a name that is logged already.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -54,12 +58,19 @@ class GradientNormMonitor(TrickCallback):
     trick: ClassVar[Trick] = Trick(jobs=("measure gradients",), needs=("gradient_norm", "gradient_norms"))
     place: ClassVar[int | None] = 1
 
-    def __init__(self, *, groups: Mapping[str, str] | Sequence[str] | None = None, every_n_steps: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        groups: Mapping[str, str] | Sequence[str] | None = None,
+        every_n_steps: int = 1,
+        update_ratio_every: int | None = None,
+    ) -> None:
         super().__init__()
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise MisconfigurationError(
-                f"`every_n_steps` must be a whole number above 0, got {every_n_steps!r}. 1 measures every step."
-            )
+        _check_interval("every_n_steps", every_n_steps, "1 measures every step.")
+        if update_ratio_every is not None:
+            _check_interval("update_ratio_every", update_ratio_every, "None measures none, 100 is usual.")
+            needs = (*self.trick.needs, "named_shards")
+            vars(self)["trick"] = Trick(jobs=self.trick.jobs, needs=needs)  # this very instance's
         self.groups = dict(groups) if isinstance(groups, Mapping) else {pattern: pattern for pattern in groups or ()}
         if taken := [name for name in self.groups if name in TAKEN]:
             raise MisconfigurationError(
@@ -67,6 +78,9 @@ class GradientNormMonitor(TrickCallback):
                 " mapping from another name to its pattern."
             )
         self.every_n_steps = every_n_steps
+        self.update_ratio_every = update_ratio_every
+        self._update: UpdateRatio | None = None
+        self._step = 0  # whose update is measured
         self._series: dict[int, NormSeries] = {}
         self._members: dict[str, list[str]] = {}
         self._measured: list[tuple[int, Tensor, str, int]] = []
@@ -109,6 +123,12 @@ class GradientNormMonitor(TrickCallback):
         if empty := [group for group, members in self._members.items() if not members]:
             raise none_selected("the group", self.groups[empty[0]], pl_module, names)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Copy the weights before a step whose update is measured."""
+        every = self.update_ratio_every
+        if every is not None and self._update is None and trainer.global_step % every == 0:
+            self._update, self._step = UpdateRatio(self.engine, self._members), trainer.global_step
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure and log before anything is clipped; nothing is read back."""
         if not self.engine.is_optimizer_step():
@@ -129,6 +149,10 @@ class GradientNormMonitor(TrickCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the limit of the step, which clipping has set by now, and whether the step was taken."""
+        if self._update is not None and trainer.global_step > self._step:
+            for name, ratio in self._update.after_step().items():
+                pl_module.log(f"update_ratio/{name}", ratio, on_step=True, on_epoch=False)
+            self._update = None
         measured, self._measured = self._measured, []
         limits = trainer.callback_metrics if measured else {}
         applied = len(trainer.optimizers) > 1 or not measured or self.engine.was_step_applied()
@@ -150,6 +174,10 @@ class GradientNormMonitor(TrickCallback):
                 which = f" (optimizer {index})" if len(self._series) > 1 else ""
                 log.info("GradientNormMonitor%s: %s.", which, series.suggestion().reason)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of a copy that no step came for."""
+        self._update = None
+
     def _of(self, index: int) -> NormSeries:
         return self._series.setdefault(index, NormSeries())
 
@@ -162,3 +190,8 @@ class GradientNormMonitor(TrickCallback):
     def _restore(self, state: dict[str, Any]) -> None:
         for index, series in state["series"].items():
             self._of(index).load_state_dict(series)
+
+
+def _check_interval(name: str, value: Any, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MisconfigurationError(f"`{name}` must be a whole number above 0, got {value!r}. {remedy}")

@@ -128,7 +128,7 @@ def call_in_example(trick: type[Any]) -> tuple[str, dict[str, Any]]:
     calls = (node for example in _examples(trick) for node in ast.walk(ast.parse(example.source)))
     for call in calls:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == trick.__name__:
-            return _build(call, sys.modules[trick.__module__], trick)
+            return _build(call, sys.modules[_package(trick)], trick)
     raise MisconfigurationError(f"{trick.__name__} has no example in its docstring: write one that constructs it.")
 
 

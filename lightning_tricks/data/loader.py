@@ -1,13 +1,14 @@
 """A data loader that goes on exactly where it was interrupted, on any number of ranks."""
 
-import dataclasses
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_tricks.data._order import GlobalBatches, Order
+from lightning_tricks.data._order import PlainOrder
+from lightning_tricks.data._plan import RankBatches, Segment, StepOrder, check_whole, continued
 from lightning_tricks.engines import ranks
 from lightning_tricks.errors import DataError, MisconfigurationError
 
@@ -20,11 +21,12 @@ class TricksDataLoader:
     Step `i` takes the order's next `batch_size * world` samples and each rank its contiguous part, so that one device
     with `batch_size=B * W` sees the same global batches as `W` ranks with `batch_size=B`. No sample is lost or
     doubled, and every rank has the same number of batches: a last, partial global batch is split evenly, and one of
-    fewer samples than ranks joins the batch before.
+    fewer samples than ranks joins the batch before. A `sampler` decides otherwise which samples a step takes.
 
     The position counts the batches handed to the trainer, never those that workers hold ready. Lightning stores it in
-    its checkpoints (`state_dict`) and restores it. The loader is sized, so Lightning fetches no batch ahead; it is not
-    a `DataLoader`, so Lightning leaves its sampling alone; `trainer.overfit_batches` needs `shuffle=False`.
+    its checkpoints (`state_dict`) and restores it, on another number of ranks too: what is left of the epoch is then
+    shared out anew. The loader is sized, so Lightning fetches no batch ahead; it is not a `DataLoader`, so Lightning
+    leaves its sampling alone; `trainer.overfit_batches` needs `shuffle=False`.
 
     Args:
         dataset: a map-style dataset whose samples depend on nothing but their index.
@@ -34,10 +36,11 @@ class TricksDataLoader:
         drop_last: leave out the last global batch of an epoch when it is partial.
         num_workers: processes that load batches, 0 for none.
         collate_fn: makes a batch out of a list of samples; torch's default stacks tensors.
+        sampler: `LengthBucketSampler` or `ClassBalancedSampler`, instead of `batch_size`, `shuffle` and `seed`.
 
     Raises:
-        MisconfigurationError: for an option out of range.
-        DataError: if the dataset is empty or, once the ranks are known, too small for them.
+        MisconfigurationError: for an option out of range, missing, or beside a sampler.
+        DataError: if the dataset is empty, not the sampler's or, once the ranks are known, too small for them.
 
     Example:
         >>> loader = TricksDataLoader(range(8), batch_size=2, shuffle=True, seed=7)
@@ -53,99 +56,137 @@ class TricksDataLoader:
         self,
         dataset: Dataset[Any],
         *,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+        seed: int | None = None,
         drop_last: bool = False,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        sampler: StepOrder | None = None,
     ) -> None:
-        _at_least("batch_size", batch_size, 1)
-        _at_least("seed", seed, 0)
-        _at_least("num_workers", num_workers, 0)
+        check_whole("num_workers", num_workers, 0)
         self.dataset = dataset
         self.num_workers = num_workers
         self.collate_fn = collate_fn
-        self._order = Order(_size(dataset), shuffle=shuffle, seed=seed)
-        self._batches = GlobalBatches(self._order, batch_size, drop_last)
-        self._position = (0, 0)  # epoch, batches handed out in it
+        size = _size(dataset)
+        if sampler is None:
+            self._order: StepOrder = _plain(size, batch_size, shuffle, seed, drop_last)
+        else:
+            _refuse_beside_sampler(batch_size=batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last or None)
+            sampler.check(size, collate_fn)
+            self._order = sampler
+        self._taken: tuple[int, list[Segment]] = (-1, [])  # epoch, and what was handed out in it
         self._resumed = False
 
     @property
-    def batch_sampler(self) -> GlobalBatches:
+    def order(self) -> StepOrder:
+        """What decides which samples a step takes: the `sampler`, or the plain order."""
+        return self._order
+
+    @property
+    def batch_sampler(self) -> RankBatches:
         """This rank's batches. Lightning sets the epoch on its `sampler`; DeepSpeed reads its `batch_size`."""
-        rank, world = ranks()
-        return dataclasses.replace(self._batches, rank=rank, world=world)
+        return RankBatches(self._order, (self._fresh(),), ranks()[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next. Lightning calls it before every epoch."""
         self._order.set_epoch(epoch)
 
+    def anew(self) -> "TricksDataLoader":
+        """A loader of the same epoch's batches, from the first one, with a position of its own."""
+        other = copy.copy(self)
+        other._order = copy.copy(self._order)
+        other._taken, other._resumed = (-1, []), False
+        return other
+
     def __len__(self) -> int:
-        """The number of batches of a whole epoch, the same on every rank."""
-        return self.batch_sampler.total
+        """The number of batches of a whole epoch, the same on every rank and in every epoch."""
+        return self._order.steps(ranks()[1], self._order.limit)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing is loaded before the first `next`, when Lightning has set the epoch.
-        epoch = self._order.epoch
-        start = self._handed_out() if self._resumed else 0
-        self._position, self._resumed = (epoch, start), False
-        for count, batch in enumerate(self._loader(start), start + 1):
-            self._position = (epoch, count)
+        segments = self._handed_out() if self._resumed else [self._fresh()]
+        self._taken, self._resumed = (self._order.epoch, segments), False
+        world, limit, start = segments[-1]
+        loader = self._loader(tuple(segments))
+        for count, batch in enumerate(loader, start + 1):
+            segments[-1] = (world, limit, count)
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position in the epoch, the same on every rank, with what is needed to refuse another order."""
-        return {"epoch": self._order.epoch, "batches": self._handed_out(), "length": len(self), **self._identity()}
+        segments = self._handed_out()
+        return {
+            "epoch": self._order.epoch,
+            "batches": sum(steps for _, _, steps in segments),
+            "length": len(self),
+            "segments": [list(segment) for segment in segments],
+            **self._order.identity(),
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position that `state_dict` gave.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position that `state_dict` gave, on these ranks.
 
         Raises:
-            MisconfigurationError: if the position lies within an epoch whose order was another one.
+            MisconfigurationError: if the position lies within an epoch of other data or of another order, or what is
+                left of it cannot be shared out over these ranks in the number of steps that Lightning expects.
         """
+        self.set_epoch(state["epoch"])
         if 0 < state["batches"] < state["length"]:
             self._refuse_another_order(state)
-        self.set_epoch(state["epoch"])
-        self._position, self._resumed = (state["epoch"], state["batches"]), True
+            segments = self._onto_these_ranks([(w, limit, steps) for w, limit, steps in state["segments"]])
+        else:
+            segments = [(*self._fresh()[:2], len(self) if state["batches"] else 0)]
+        self._taken, self._resumed = (state["epoch"], segments), True
 
-    def _loader(self, start: int) -> "DataLoader[Any]":
+    def _loader(self, segments: tuple[Segment, ...]) -> "DataLoader[Any]":
         # Its own generator: a loader leaves the global random numbers alone, so that resuming draws none too many.
         generator = torch.Generator().manual_seed(self._order.seed + self._order.epoch)
         return DataLoader(
             self.dataset,
-            batch_sampler=dataclasses.replace(self.batch_sampler, start=start),
+            batch_sampler=RankBatches(self._order, segments, ranks()[0]),
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
             generator=generator,
         )
 
-    def _handed_out(self) -> int:
-        epoch, batches = self._position
-        return batches if epoch == self._order.epoch else 0
+    def _fresh(self) -> Segment:
+        return ranks()[1], self._order.limit, 0
 
-    def _identity(self) -> dict[str, int]:
-        return {
-            "global_batch_size": self.batch_sampler.global_batch_size,
-            "samples": self._order.samples,
-            "seed": self._order.seed,
-            "shuffle": int(self._order.shuffle),
-        }
+    def _handed_out(self) -> list[Segment]:
+        epoch, segments = self._taken
+        return list(segments) if epoch == self._order.epoch else [self._fresh()]
 
-    def _refuse_another_order(self, state: dict[str, int]) -> None:
-        for name, now in self._identity().items():
-            if state[name] != now:
+    def _onto_these_ranks(self, segments: list[Segment]) -> list[Segment]:
+        here = self._fresh()
+        if segments[-1][:2] == here[:2]:
+            return segments
+        segments = [segment for segment in segments if segment[2]] + [here]
+        continued(self._order, segments)  # raises now, not in the first step
+        return segments
+
+    def _refuse_another_order(self, state: dict[str, Any]) -> None:
+        for name, now in self._order.identity().items():
+            if (before := state.get(name)) != now:
                 raise MisconfigurationError(
                     f"The checkpoint stands in the middle of an epoch (batch {state['batches']} of {state['length']})"
-                    f" with {name}={state[name]}, but now {name}={now}: the samples seen and to come would not fit"
-                    " together. Restore that value (global_batch_size is `batch_size` times devices), or resume from"
-                    " a checkpoint of an epoch's end."
+                    f" with {name}={before}, but now {name}={now}: the samples seen and to come would not fit"
+                    " together. Restore that value, or resume from a checkpoint of an epoch's end."
                 )
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise MisconfigurationError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+def _plain(size: int, batch_size: int | None, shuffle: bool | None, seed: int | None, drop_last: bool) -> PlainOrder:
+    if batch_size is None or shuffle is None or seed is None:
+        missing = [n for n, v in (("batch_size", batch_size), ("shuffle", shuffle), ("seed", seed)) if v is None]
+        raise MisconfigurationError(f"Pass {', '.join(f'`{name}`' for name in missing)}, or a `sampler` instead.")
+    check_whole("batch_size", batch_size, 1)
+    check_whole("seed", seed, 0)
+    return PlainOrder(size, batch_size=batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
+
+
+def _refuse_beside_sampler(**options: Any) -> None:
+    if given := [name for name, value in options.items() if value is not None]:
+        raise MisconfigurationError(f"`{given[0]}` is the sampler's: pass it there, not to TricksDataLoader as well.")
 
 
 def _size(dataset: Dataset[Any]) -> int:

@@ -10,14 +10,15 @@ from lightning_tricks.engines._facts import Bytes, Memory, Precisions
 from lightning_tricks.engines._fsdp2_strategy import FSDP2Strategy
 from lightning_tricks.engines._inspect import CheckpointFacts, inspect_checkpoint
 from lightning_tricks.engines._protocol import Engine
-from lightning_tricks.engines._ranks import ranks
+from lightning_tricks.engines._ranks import gather_over_ranks, ranks
 from lightning_tricks.engines._read import read_checkpoint
 from lightning_tricks.engines._report import Finding, Report
 from lightning_tricks.engines._rules import rival
 from lightning_tricks.engines._saving import save_safely
-from lightning_tricks.engines._schedules import HeldSchedules
+from lightning_tricks.engines._schedules import HeldSchedules, add_schedule
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._shards import Shard
+from lightning_tricks.engines._snapshot import Snapshot
 from lightning_tricks.engines._stored import Stored, open_checkpoint, write_checkpoint
 from lightning_tricks.engines._tricks import InUse, Rule, Situation, Trick
 from lightning_tricks.engines._whole import whole
@@ -40,10 +41,12 @@ __all__ = [
     "Rule",
     "Shard",
     "Situation",
+    "Snapshot",
     "Stored",
     "Trick",
     "Whole",
     "ZeroStrategy",
+    "add_schedule",
     "allow_hyper_parameters",
     "aside",
     "average_stored",
@@ -52,6 +55,7 @@ __all__ = [
     "check_before_fit",
     "consolidate",
     "engine_of",
+    "gather_over_ranks",
     "inspect_checkpoint",
     "is_aside",
     "newest_of",

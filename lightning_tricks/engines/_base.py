@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._clipping import options_that_clip
 from lightning_tricks.engines._live import LiveEngine
+from lightning_tricks.engines._snapshot import Snapshot, copy_buffers, moments_of, put_moments
 from lightning_tricks.engines._units import Limits
 from lightning_tricks.engines._weights import Entry
 from lightning_tricks.errors import MisconfigurationError
@@ -135,6 +136,26 @@ class BaseEngine(LiveEngine, ABC):
         if not self._is_vetoed(optimizer):
             self._vetoes[optimizer] = self._trainer.global_step
             self._veto(optimizer)
+
+    # -- the whole state ---------------------------------------------------------------------------------------
+
+    def capture_state(self) -> Snapshot:
+        """Copy this rank's part of the training state."""
+        weights = {shard.name: shard.values.clone() for shard in self.named_shards()}
+        buffers = {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
+        return Snapshot(weights, buffers, tuple(moments_of(optimizer) for optimizer in self._steppers()))
+
+    def restore_state(self, state: Snapshot) -> None:
+        """Put it back."""
+        self.put_shards(state.weights)
+        copy_buffers(dict(self._module.named_buffers()), state.buffers)
+        with torch.no_grad():
+            for optimizer, saved in zip(self._steppers(), state.optimizers, strict=True):
+                put_moments(optimizer, saved)
+
+    def _steppers(self) -> list[Optimizer]:
+        """The optimizers that hold the moments."""
+        return list(self._trainer.optimizers)
 
     def _forget_step(self, optimizer: Optimizer) -> None:
         """After the optimizer's step: a fit that goes back to this step number must not find what this one left."""

@@ -3,39 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_tricks.engines._refusals import ENGINES, REFUSALS, ZERO, Refusal
 from lightning_tricks.errors import MisconfigurationError, UnsupportedError
 
 __all__ = ["ENGINES", "REFUSALS", "Capability", "Refusal", "capabilities", "capability_tables", "refusal"]
-
-_TORCH = ("one_device", "ddp", "fsdp2", "fsdp1")
-_ZERO = ("zero_1", "zero_2", "zero_3")
-ENGINES = (*_TORCH, *_ZERO)
-_EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradient_groups")
-_NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "scale_gradients", "veto_step")
-_SHARDS = ("load_shards", "named_shards", "put_shards", "save_shards")
-_WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
-_ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Something that an engine does not do, since it could not do it exactly.
-
-    Args:
-        engines: the names of the engines that refuse.
-        methods: the methods of `Engine` that raise.
-        what: what cannot be done.
-        where: the circumstances; names in braces are filled in when it is raised.
-        reason: why, as a clause.
-        instead: what to use instead, as an imperative clause.
-    """
-
-    engines: tuple[str, ...]
-    methods: tuple[str, ...]
-    what: str
-    where: str
-    reason: str
-    instead: str
 
 
 @dataclass(frozen=True)
@@ -57,122 +28,6 @@ class Capability:
     refused: tuple[Refusal, ...]
 
 
-REFUSALS = {
-    "closure": Refusal(
-        ENGINES,
-        _NORMS,
-        "The gradient norm",
-        "LBFGS",
-        "one step evaluates several gradients",
-        "use a first-order optimizer",
-    ),
-    "fused_scaler": Refusal(
-        _TORCH,
-        _NORMS,
-        "The gradient norm",
-        "{engine} with precision '16-mixed'",
-        "a fused {optimizer} unscales its gradients inside its step",
-        "pass `fused=False` to the optimizer, or use `precision='bf16-mixed'`",
-    ),
-    "sparse_units": Refusal(
-        ("one_device", "ddp"),
-        ("clip_gradient_units",),
-        "Clipping units",
-        "{engine} with sparse gradients",
-        "a unit of such a gradient may lie in several pieces",
-        "leave `sparse=True` out of the embedding, or exclude it",
-    ),
-    "nvme_gradients": Refusal(
-        ("zero_3",),
-        _EDITS,
-        "Clipping parts of the gradients",
-        "zero_3 that swaps to NVMe",
-        "the gradients are swapped out before the step",
-        "clip the norm of the whole, or offload to the CPU",
-    ),
-    "no_norm": Refusal(
-        ("zero_1", "zero_2"),
-        _NORMS,
-        "The gradient norm",
-        "ZeRO with `compute_grad_norm: false`",
-        "its step asks for no norm, so nothing can be clipped or dropped there",
-        "leave `compute_grad_norm` out of the DeepSpeed configuration",
-    ),
-    "private": Refusal(
-        _ZERO,
-        _NORMS,
-        "The gradient norm",
-        "DeepSpeed {version}",
-        "its {optimizer} has no `{name}`",
-        "install the DeepSpeed of constraints.txt, or set no `data_types` in its configuration",
-    ),
-    "state": Refusal(
-        ENGINES,
-        _WEIGHTS,
-        "Saving weights",
-        "{engine}",
-        "the module's state dict holds `{name}`, which is neither a parameter nor a buffer",
-        "register it with `register_buffer`",
-    ),
-    "tensor_parallel": Refusal(
-        ("fsdp2",),
-        _SHARDS,
-        "Reading a rank's part of the weights",
-        "fsdp2 with tensor parallelism",
-        "`{name}` is not cut along its first dimension alone",
-        "use `named_full_weights()`, or shard with FSDP2 alone",
-    ),
-    "nvme": Refusal(
-        ("zero_3",),
-        ("load_weights", *_SHARDS),
-        "Reading or writing a rank's part of the weights",
-        "zero_3 that swaps to NVMe",
-        "the masters are swapped out",
-        "offload to the CPU",
-    ),
-    "flat_parameters": Refusal(
-        ("fsdp1",),
-        _ALL,
-        "A trick",
-        "fsdp1 with `use_orig_params=False`",
-        "one flat parameter hides which parameter a gradient belongs to",
-        "leave `use_orig_params` out, or use `strategy='fsdp2'`",
-    ),
-    "outside_units": Refusal(
-        ("fsdp1",),
-        _ALL,
-        "A trick",
-        "fsdp1",
-        "`{name}` is trained outside of every FSDP unit, so that each rank trains one of its own",
-        "let the strategy wrap the whole module, or freeze that parameter",
-    ),
-    "copies_of_one": Refusal(
-        ("fsdp1",),
-        _ALL,
-        "A trick",
-        "fsdp1 with one rank for each copy of the model",
-        "torch then averages no gradient between the copies, which part ways",
-        "use `sharding_strategy='NO_SHARD'`, or `strategy='ddp'`",
-    ),
-    "strided": Refusal(
-        ("fsdp1",),
-        _ALL,
-        "A trick",
-        "fsdp1",
-        "a parameter of shape {shape} does not lie row by row in memory, so that a rank's stretch of it has gaps",
-        "leave `channels_last` out, or use `strategy='fsdp2'`",
-    ),
-    "private_fsdp1": Refusal(
-        ("fsdp1",),
-        _ALL,
-        "A trick",
-        "torch {version}",
-        "its FSDP1 has no `{name}`",
-        "install the torch of constraints.txt, or use `strategy='fsdp2'`",
-    ),
-}
-
-# method: phase, collective, then what it is on one device and DDP, on FSDP2, and on ZeRO
 _METHODS = {
     "claim_gradient_clipping": (
         "setup",
@@ -288,6 +143,13 @@ _METHODS = {
         "writes this rank's rows",
         "writes the masters; low-precision copies are refreshed",
     ),
+    "put_shards_alone": (
+        "after an exception",
+        "no",
+        "copies",
+        "writes this rank's rows",
+        "as `put_shards` on one rank; on several it writes nothing, and says so",
+    ),
     "save_shards": (
         "between steps",
         "yes",
@@ -301,6 +163,41 @@ _METHODS = {
         "every tensor whole",
         "each rank reads its rows",
         "each rank reads its stretches",
+    ),
+    "capture_state": (
+        "between steps",
+        "no",
+        "copies, on the device that holds them",
+        "copies of this rank's parts",
+        "copies of this rank's parts, those on the host there",
+    ),
+    "restore_state": (
+        "between steps",
+        "yes",
+        "copies back",
+        "writes this rank's parts",
+        "writes masters and moments; low-precision copies are refreshed",
+    ),
+    "keep_in_checkpoint": (
+        "`on_save_checkpoint`",
+        "yes",
+        "whole, in the file",
+        "a file in the folder",
+        "a file in the folder",
+    ),
+    "find_in_checkpoint": (
+        "`on_load_checkpoint`",
+        "no",
+        "every tensor whole",
+        "each rank reads its rows",
+        "each rank reads its stretches",
+    ),
+    "training_forward": (
+        "between steps",
+        "yes",
+        "the module's step, past DDP",
+        "through the strategy",
+        "through the strategy",
     ),
     "sum_over_ranks": ("once training runs", "yes", "a sum", "a sum", "a sum"),
     "broadcast": ("once training runs", "yes", "rank 0's value, or another's", "the same", "the same"),
@@ -327,7 +224,10 @@ _FSDP1 = {
     "named_full_weights": "one tensor gathered at a time, not a unit",
     "named_shards": "this rank's stretch of each parameter",
     "put_shards": "writes this rank's stretches",
+    "put_shards_alone": "writes this rank's stretches",
     "load_shards": "each rank reads its stretches",
+    "keep_in_checkpoint": "whole, in what rank 0 writes",
+    "find_in_checkpoint": "each rank cuts out its stretches",
     "memory": "this rank's flat parameters, padding included, and what is gathered",
     "precision": "the dtypes that each unit is built with",
 }
@@ -355,7 +255,7 @@ def capabilities(engine: str) -> tuple[Capability, ...]:
     """
     if engine not in ENGINES:
         raise MisconfigurationError(f"there is no engine `{engine}`: choose one of {', '.join(ENGINES)}.")
-    column = 4 if engine in _ZERO else 3 if engine in ("fsdp2", "fsdp1") else 2
+    column = 4 if engine in ZERO else 3 if engine in ("fsdp2", "fsdp1") else 2
     return tuple(
         Capability(
             method,

@@ -19,6 +19,7 @@ from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._clipping import deepspeed_config
 from lightning_tricks.engines._gradients import exceeds
 from lightning_tricks.engines._live import Held, elements
+from lightning_tricks.engines._snapshot import Snapshot
 from lightning_tricks.engines._units import Limits, Stretch, Units, share
 from lightning_tricks.engines._zero_parts import Part
 from lightning_tricks.engines._zero_step import StepGradients
@@ -159,6 +160,9 @@ class DeepSpeedEngine(BaseEngine):
         else:
             super()._put(entry, values)
 
+    def _publishes_alone(self) -> bool:
+        return self.world_size == 1
+
     def _publish(self) -> None:
         optimizer = self._live.optimizer
         if self._stage < 3 and hasattr(optimizer, "update_lp_params"):
@@ -171,6 +175,18 @@ class DeepSpeedEngine(BaseEngine):
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
             if training:
                 optimizer.invalidate_secondary_tensor()
+
+    def _steppers(self) -> list[Optimizer]:
+        """The one that ZeRO's own drives, on flat pieces of the masters."""
+        return [self._live.optimizer.optimizer]
+
+    def restore_state(self, state: Snapshot) -> None:
+        """Put it back; moments that had not been are made anew, and stages 1 and 2 then look for them again."""
+        super().restore_state(state)
+        if self._stage < 3 and not any(
+            moments for groups, _ in state.optimizers for group in groups for moments in group
+        ):
+            self._live.optimizer._hp_optimizer_states_linked = False
 
     # -- what it holds -----------------------------------------------------------------------------------------
 

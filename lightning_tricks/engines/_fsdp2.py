@@ -38,6 +38,13 @@ class FSDP2Engine(PlainEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation may have left whole parameters behind
 
+    def _leave_forward(self) -> None:
+        """A part that still believes to be in its forward pass would stay gathered."""
+        for module in filter(_is_sharded, self._module.modules()):
+            state = _state(module)
+            for part in (state, *state._fsdp_param_groups):
+                part._training_state = type(part._training_state).IDLE
+
     def _clip_own_units(self, parameters: list[Tensor], limits: Limits) -> list[tuple[Tensor, int]]:
         """Rows lie whole on one rank, but a vector is cut: so squares are summed over the ranks, once for a layout."""
         alike: dict[Any, list[Any]] = {}

@@ -24,6 +24,7 @@ from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._batch_norm import normalisations_with_statistics
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._check import check_before_fit
+from lightning_tricks.engines._checkpoint_values import parts_of, write_parts
 from lightning_tricks.engines._headline import log_headline
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._materialise import materialise, refuse_without_values
@@ -70,6 +71,7 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
     """
 
     runs_check = True
+    writes_parts = True
 
     def __init__(
         self,
@@ -217,8 +219,13 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint folder, complete or not there. Called on all ranks."""
-        path = Path(self.broadcast(filepath))
-        save_folder(self, path, lambda partial: self._write(checkpoint, partial, storage_options))
+        path, parts = Path(self.broadcast(filepath)), parts_of(checkpoint)
+
+        def write(partial: Path) -> None:
+            write_parts(parts, partial)
+            self._write(checkpoint, partial, storage_options)
+
+        save_folder(self, path, write)
 
     def _write(self, checkpoint: dict[str, Any], partial: Path, storage_options: Any) -> None:
         """Each rank raises its own failure; torch tells every rank of each, in an exception of its own."""

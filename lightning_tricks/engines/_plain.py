@@ -1,5 +1,7 @@
 """One device and DDP: whole parameters, whole gradients, averaged by DDP before the step."""
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -83,6 +85,13 @@ class PlainEngine(BaseEngine):
         """Whether a gradient scaler is at work."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         return scaler is not None and bool(scaler.is_enabled())
+
+    def _call_training_step(self, *arguments: Any) -> None:
+        """Past DDP, which would hand out rank 0's buffers."""
+        if type(self) is PlainEngine:
+            self._module.training_step(*arguments)
+        else:
+            super()._call_training_step(*arguments)
 
     def step_ran(self, optimizer: Optimizer) -> None:
         """Called after every `step()` of every torch optimizer of this process."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.engines._facts import Memory, Precisions
 from lightning_tricks.engines._shards import Shard
+from lightning_tricks.engines._snapshot import Snapshot
 
 __all__ = ["Engine"]
 
@@ -241,6 +242,15 @@ class Engine(Protocol):
             MisconfigurationError: on every rank, if on some rank a name is missing or unknown, or a size differs.
         """
 
+    def put_shards_alone(self, values: Mapping[str, Tensor]) -> bool:
+        """As `put_shards`, after an exception: this rank asks no other one, which may be waiting elsewhere.
+
+        Live. Communicates nothing. Costs a copy.
+
+        Returns:
+            Whether the values were written: not under ZeRO with several ranks, whose copies are gathered together.
+        """
+
     def save_shards(self, path: Path, values: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write values kept beside `named_shards()`, such as averages, into one file that any number of ranks can load.
 
@@ -268,6 +278,64 @@ class Engine(Protocol):
 
         Raises:
             CheckpointError: if the file is absent or truncated, a name is missing or too many, or a shape differs.
+        """
+
+    def capture_state(self) -> Snapshot:
+        """A copy of what training changes on this rank: masters, moments, step counts, rates, buffers.
+
+        Left out are learning-rate schedules and the loss scale, which are not the engine's, and random numbers. It is
+        for this very fit: a checkpoint is what other processes can load.
+
+        Live, between steps. Communicates nothing. Memory: as much as the weights and the optimizer's state.
+        """
+
+    def restore_state(self, state: Snapshot) -> None:
+        """Go back to a state that `capture_state` gave in this fit, bit for bit.
+
+        Live, between steps. Collective. Costs a copy, and under ZeRO what a step does to hand out new weights.
+        """
+
+    def keep_in_checkpoint(self, checkpoint: dict[str, Any], name: str, values: Mapping[str, Tensor]) -> None:
+        """Let a checkpoint that is being written hold values kept beside `named_shards()`, and follow it anywhere.
+
+        A checkpoint that is one file holds them in it; one of `fsdp2` or ZeRO as one more file in its folder, written
+        before the folder gets its name. So it is complete or not there, and moves and goes with the checkpoint.
+
+        Live, in a callback's `on_save_checkpoint`. Collective. Costs what `save_shards` does; where the checkpoint is
+        one file, rank 0 holds the whole values on the CPU until it is written. Under Lightning's own strategies that
+        shard, rank 0 holds them too, and under its DeepSpeedStrategy every rank.
+
+        Args:
+            checkpoint: what the hook was given.
+            name: tells several such values apart.
+            values: for each name that `named_shards()` gives on this rank, as many elements, of at most fp32. They
+                must stay as they are until the checkpoint is written.
+
+        Raises:
+            MisconfigurationError: on every rank, as `save_shards`.
+        """
+
+    def find_in_checkpoint(self, checkpoint: Mapping[str, Any], name: str) -> Callable[[], dict[str, Tensor]] | None:
+        """How to read this rank's parts of values that `keep_in_checkpoint` kept, on any number of ranks.
+
+        In a callback's `on_load_checkpoint`, free: None if there are none. Call what comes back once the engine is
+        live: fp32, flat, bit-exact; it communicates nothing, and raises CheckpointError as `load_shards` does.
+
+        Args:
+            checkpoint: what the hook was given.
+            name: as they were kept.
+        """
+
+    def training_forward(self, batch: Any, batch_idx: int) -> None:
+        """Run the module's `training_step` on a batch, without a gradient, for what its layers note of the batch.
+
+        Live, between steps, under automatic optimisation. Collective on sharded engines, which gather parameters for
+        it. DDP is passed by: each rank's buffers are its own. Whatever else the step does, such as logging and drawing
+        random numbers, it does.
+
+        Args:
+            batch: on this rank's device.
+            batch_idx: its number.
         """
 
     # -- ranks: live -------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
-"""Learning-rate schedules that Lightning would step after an optimizer step that did not happen."""
+"""Learning-rate schedules, and optimizer steps that did not happen, after which Lightning would step them too."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["HeldSchedules"]
+__all__ = ["HeldSchedules", "add_schedule"]
 
 _NEVER = 1 << 62  # Lightning steps a schedule at batches whose number is a multiple of its `frequency`
 
@@ -32,3 +36,42 @@ class HeldSchedules:
         for config, frequency in self._frequencies:
             config.frequency = frequency
         self._frequencies = []
+
+
+class AppliedSteps(LambdaLR):
+    """A schedule by optimizer steps that were really applied, however often it is stepped.
+
+    Args:
+        optimizer: torch's own.
+        factor: the share of each group's learning rate, given the steps applied so far. Of that number alone.
+        applied: whether the last optimizer step was applied.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], applied: Callable[[], bool]) -> None:
+        self._applied: Callable[[], bool] = lambda: True  # for the step that torch's own `__init__` takes
+        super().__init__(optimizer, factor)
+        self._applied = applied
+
+    def step(self, epoch: int | None = None) -> None:
+        """One optimizer step more, if there was one."""
+        if self._applied():
+            super().step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        state: dict[str, Any] = super().state_dict()
+        return {name: value for name, value in state.items() if name != "_applied"}
+
+
+def add_schedule(trainer: Trainer, factor: Callable[[int], float], applied: Callable[[], bool]) -> None:
+    """Let Lightning step, save and restore a schedule of ours for its optimizer. Call it in `on_fit_start`.
+
+    Args:
+        trainer: whose optimizers have just been built.
+        factor: the share of each group's learning rate, given the steps applied so far.
+        applied: whether the last optimizer step was applied.
+    """
+    (optimizer,) = trainer.optimizers
+    own: Any = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
+    schedule = AppliedSteps(own, factor, applied)
+    trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(schedule, interval="step"))

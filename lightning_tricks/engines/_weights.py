@@ -1,5 +1,6 @@
 """What all engines share about ranks and weights: who they are, weights to a file and back, a rank's part of them."""
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tricks.engines._capabilities import refusal
+from lightning_tricks.engines._checkpoint_values import add_part, add_whole, cut, stored
 from lightning_tricks.engines._ranks import sum_over_ranks
 from lightning_tricks.engines._saving import attempt, raise_together
 from lightning_tricks.engines._shard_files import named_wholes, rounded
@@ -133,6 +135,19 @@ class WeightsEngine:
                     self._put(entry, values[entry.name].detach())
             self._publish()
 
+    def put_shards_alone(self, values: Mapping[str, Tensor]) -> bool:
+        """Write this rank's parts back, and ask no other rank."""
+        if not self._publishes_alone():
+            return False
+        self._leave_forward()
+        self._before_writing()
+        with torch.no_grad():
+            for entry in self._trained():
+                if entry.name in values:
+                    self._put(entry, values[entry.name].detach())
+            self._publish()
+        return True
+
     def save_shards(self, path: Path, values: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Gather one tensor after the other and stream it into one file, written by rank 0."""
         shards = list(self.named_shards())
@@ -149,6 +164,41 @@ class WeightsEngine:
             shard.name: file.elements(shard.name, shard.start, shard.stop).to(shard.values.device)
             for shard in self.named_shards()
         }
+
+    def keep_in_checkpoint(self, checkpoint: dict[str, Any], name: str, values: Mapping[str, Tensor]) -> None:
+        """Put values kept beside the shards into a checkpoint that is being written."""
+        if getattr(self._trainer.strategy, "writes_parts", False):
+            add_part(checkpoint, name, lambda path: self.save_shards(path, values))
+            return
+        shards = list(self.named_shards())
+        self._refuse_misfit("save", misfit(shards, values) or rounded(values))
+        shapes = {entry.name: self._layout(entry.tensor)[1] for entry in self._trained()}
+        wholes = named_wholes(shards, values, shapes, self._device)
+        # Where each rank writes a file of its own and reads that back, each holds them.
+        kept = {own: whole for own, whole in wholes if self.rank == 0 or self.name.startswith("zero")}
+        add_whole(checkpoint, name, kept)
+
+    def find_in_checkpoint(self, checkpoint: Mapping[str, Any], name: str) -> Callable[[], dict[str, Tensor]] | None:
+        """What reads this rank's parts of values that `keep_in_checkpoint` kept."""
+        found = stored(checkpoint, name)
+        if found is None:
+            return None
+        if isinstance(found, str):
+            path = Path(str(self._trainer.ckpt_path)) / found
+            return lambda: self.load_shards(path)
+        wholes = found
+        return lambda: cut(wholes, self.named_shards(), [entry.name for entry in self._trained()])
+
+    def training_forward(self, batch: Any, batch_idx: int) -> None:
+        """The module's training step on a batch, for what its layers note of it."""
+        trainer = self._trainer
+        with torch.no_grad(), trainer.precision_plugin.train_step_context():
+            arguments = (batch, batch_idx) if _takes_index(self._module) else (batch,)
+            self._call_training_step(*arguments)
+
+    def _call_training_step(self, *arguments: Any) -> None:
+        """Through the strategy, which gathers what is sharded."""
+        self._trainer.strategy.training_step(*arguments)
 
     def _refuse_misfit(self, verb: str, problem: str | None) -> None:
         """Raise on every rank if there is a problem on any."""
@@ -224,6 +274,13 @@ class WeightsEngine:
     def _put(self, entry: Entry, values: Tensor) -> None:
         entry.tensor.copy_(values.reshape(entry.tensor.shape))
 
+    def _publishes_alone(self) -> bool:
+        """Whether `_publish` asks no other rank."""
+        return True
+
+    def _leave_forward(self) -> None:
+        """Forget a forward pass that an exception ended."""
+
     def _before_writing(self) -> None:
         """Drop whole copies that would stay as they were."""
 
@@ -233,6 +290,12 @@ class WeightsEngine:
     def _named_parameters(self) -> dict[str, Tensor]:
         parameters = self._module.named_parameters(remove_duplicate=False)
         return {self._plain_name(name): parameter for name, parameter in parameters}
+
+
+def _takes_index(module: LightningModule) -> bool:
+    return "batch_idx" in inspect.signature(module.training_step).parameters or (
+        len(inspect.signature(module.training_step).parameters) > 1
+    )
 
 
 def _describe(shape: Any) -> str:

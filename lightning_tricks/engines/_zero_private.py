@@ -33,6 +33,7 @@ _EVERY_STAGE = (
 )
 _FIRST_STAGES = (
     *_EVERY_STAGE,
+    "_hp_optimizer_states_linked",
     "_link_all_hp_params",
     "check_grad_overflow",
     "cpu_offload",

@@ -25,6 +25,7 @@ from lightning_tricks.engines._activation_checkpointing import (
 from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._batch_norm import normalise_in_fp32
 from lightning_tricks.engines._check import check_before_fit
+from lightning_tricks.engines._checkpoint_values import parts_of, write_parts
 from lightning_tricks.engines._headline import log_headline
 from lightning_tricks.engines._machine import refuse_oversubscription
 from lightning_tricks.engines._nvme import no_checkpoint, offload_target, refuse_nvme
@@ -96,6 +97,7 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
 
     strategy_name = "zero"
     runs_check = True
+    writes_parts = True
 
     def __init__(
         self,
@@ -316,9 +318,15 @@ class ZeroStrategy(BringsPrecision, DeepSpeedStrategy):
         path = Path(self.broadcast(filepath))
         if storage_options is not None:
             raise MisconfigurationError("`storage_options` is for single files; ZeRO writes a folder: leave it out.")
+        parts = parts_of(checkpoint)
         state = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
         options = {"without_frozen": leaves_frozen_out(self._required_module), "first": self.is_global_zero}
-        save_folder(self, path, lambda partial: save_zero(self.deepspeed_engine, partial, state, **options))
+
+        def write(partial: Path) -> None:
+            write_parts(parts, partial)
+            save_zero(self.deepspeed_engine, partial, state, **options)
+
+        save_folder(self, path, write)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint folder, of any number of ranks, or outside a fit a single file: of any engine's weights.

@@ -1,5 +1,6 @@
 """Tensor arithmetic: tensors in, tensors out; no Trainer, no state."""
 
+from lightning_tricks.functional.averaging import ema_decay, lerp_, mean_of
 from lightning_tricks.functional.class_losses import (
     class_loss_sums,
     log_prior,
@@ -17,6 +18,13 @@ from lightning_tricks.functional.dora_linear import dora_linear, low_rank_row_no
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient, unit_coefficients
 from lightning_tricks.functional.greedy_selection import Selection, greedy_selection
+from lightning_tricks.functional.learning_rates import (
+    cosine_decay,
+    inverse_square_root,
+    linear_decay,
+    linear_warmup,
+    stable_decay,
+)
 from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.loss_sums import per_maximum_length, per_sequence, per_token
 from lightning_tricks.functional.low_rank_linear import low_rank_linear
@@ -31,6 +39,7 @@ from lightning_tricks.functional.quantization import (
     quantize_int8,
     quantize_nf4,
 )
+from lightning_tricks.functional.robust import robust_zscore
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
 from lightning_tricks.functional.weighted_mean import weighted_mean
 
@@ -43,22 +52,29 @@ __all__ = [
     "checked_weights",
     "class_loss_sums",
     "clip_coefficient",
+    "cosine_decay",
     "cosine_restarts",
     "cycle_ends",
     "dequantize_int4",
     "dequantize_int8",
     "dora_linear",
     "effective_number_weights",
+    "ema_decay",
     "fingerprint",
     "greedy_selection",
     "infer_mode",
+    "inverse_square_root",
     "inverse_square_root_weights",
     "is_glob",
     "is_improvement",
+    "lerp_",
+    "linear_decay",
+    "linear_warmup",
     "log_prior",
     "low_rank_linear",
     "low_rank_row_norms",
     "low_rank_update",
+    "mean_of",
     "path_matches",
     "per_maximum_length",
     "per_sequence",
@@ -69,7 +85,9 @@ __all__ = [
     "quantize_nf4",
     "rank_scores",
     "remember_norm",
+    "robust_zscore",
     "same_fingerprint",
+    "stable_decay",
     "two_class_logits",
     "unit_coefficients",
     "weighted_cross_entropy_sums",

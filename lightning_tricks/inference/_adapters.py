@@ -1,17 +1,16 @@
 """Checkpoints of low-rank adapters as checkpoints of whole weights, so that their mean is that of what they compute."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tricks.engines import Stored, Whole
 from lightning_tricks.errors import CheckpointError
-from lightning_tricks.functional import fingerprint, path_matches, same_fingerprint
-from lightning_tricks.layers import LoRALinear
+from lightning_tricks.layers import LowRankLayer
 
 __all__ = ["AdapterMerger"]
 
@@ -22,8 +21,8 @@ _WHY = "the mean of A and of B apart is not the mean of the products BA"
 class AdapterMerger:
     """Replaces the adapters of an open checkpoint by the weights that they come to.
 
-    `X.weight` becomes `W + alpha / rank * (A.T @ B).T` and `X.lora_B` zero, so that the result loads strictly into the
-    same module, and computes the same. Checkpoints without adapters are left as they are.
+    `X.weight` becomes `W + scale * B.T @ A` and `X.lora_B` zero, so that the result loads strictly into the same
+    module, and computes the same. Checkpoints without adapters are left as they are.
 
     Args:
         module: built on the base as the members were trained; None refuses adapters.
@@ -31,7 +30,6 @@ class AdapterMerger:
 
     def __init__(self, module: nn.Module | None) -> None:
         self._module = module
-        self._fingerprints: dict[str, dict[str, str]] = {}
 
     def __call__(self, stored: Stored) -> Stored:
         """The checkpoint with whole weights.
@@ -47,96 +45,74 @@ class AdapterMerger:
                 f"{stored.path} holds adapters (`{keys[0]}`), and {_WHY}: pass `module=`, a module built on their base,"
                 " so that each is merged into it first."
             )
-        weights, base = dict(stored.weights), dict(self._module.named_parameters())
-        prefixes = list(self._prefixes(stored, keys))
-        self._verify(stored, base)
-        for prefix in prefixes:
-            weights |= self._merged(stored, prefix, base)
+        for name in keys:
+            if not name.endswith((_DOWN, _UP)):
+                raise CheckpointError(
+                    f"{stored.path} holds `{name}`, which is not of a single plain LoRA adapter, and {_WHY}: merge it"
+                    " into its base before, with the library that wrote it."
+                )
+        self._verify(stored, self._module)
+        weights = dict(stored.weights)
+        for name in keys:
+            if name.endswith(_DOWN):
+                weights |= self._merged(stored, name.removesuffix(_DOWN), self._module)
         return replace(stored, weights=weights)
 
-    def _prefixes(self, stored: Stored, keys: list[str]) -> Iterator[str]:
-        for name in keys:
-            prefix, dot, kind = name.rpartition(".")
-            if dot + kind not in (_DOWN, _UP):
-                raise CheckpointError(
-                    f"{stored.path} holds `{name}`, which is not an adapter of LoRAMixin's, and {_WHY}: merge it into"
-                    " its base with the library that wrote it."
-                )
-            if dot + kind == _DOWN:
-                yield prefix
-
-    def _merged(self, stored: Stored, prefix: str, base: dict[str, nn.Parameter]) -> dict[str, Whole]:
-        layer = self._layer(stored, prefix)
-        scale, name = layer.adapters["default"].scale, f"{prefix}.weight"
-        shapes = [whole.shape for part in (_DOWN, _UP) if (whole := stored.weights.get(prefix + part))]
-        if shapes != [tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)]:
-            raise CheckpointError(
-                f"{stored.path}: `{prefix}{_DOWN}` and its counterpart have the shapes {shapes}, and in `module`"
-                f" {[tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)]}: build it with the members' rank."
-            )
+    def _merged(self, stored: Stored, prefix: str, module: nn.Module) -> dict[str, Whole]:
+        layer = _layer(stored, prefix, module)
+        name, base, scale = f"{prefix}.weight", cast(Tensor, layer.weight).detach(), layer.adapters["default"].scale
+        own = stored.weights.get(name)
 
         def weight() -> Tensor:
-            own = stored.tensor(name) if name in stored.weights else base[name].detach().cpu()
+            start = base.cpu() if own is None else stored.tensor(name)
             down, up = layer.assemble("default", stored.tensor(prefix + _DOWN), stored.tensor(prefix + _UP))
-            return torch.addmm(own.float(), up.float().t(), down.float(), alpha=scale).to(own.dtype)
+            update = torch.mm(up.float().t(), down.float())
+            merged = torch.add(
+                layer.as_matrix(start).to(torch.promote_types(start.dtype, torch.float32)), update, alpha=scale
+            )
+            return layer.as_weight(merged).to(start.dtype).contiguous()
 
-        def nothing() -> Tensor:
-            return torch.zeros(shapes[1], dtype=stored.weights[prefix + _UP].dtype)
-
-        dtype = stored.weights[name].dtype if name in stored.weights else base[name].dtype
         up = stored.weights[prefix + _UP]
-        return {name: Whole(dtype, tuple(layer.weight.shape), weight), prefix + _UP: replace(up, read=nothing)}
+        nothing = replace(up, read=lambda: torch.zeros(up.shape, dtype=up.dtype))
+        whole = Whole(base.dtype if own is None else own.dtype, tuple(base.shape), weight)
+        return {name: whole, prefix + _UP: nothing}
 
-    def _layer(self, stored: Stored, prefix: str) -> LoRALinear:
-        try:
-            layer = self._module.get_submodule(prefix) if self._module is not None else None
-        except AttributeError:
-            layer = None
-        if type(layer) is not LoRALinear:
-            raise CheckpointError(
-                f"{stored.path} holds `{prefix}{_DOWN}`, and `{prefix}` in `module` is"
-                f" {'absent' if layer is None else 'a ' + type(layer).__name__}: build it as the members were trained."
-            )
-        recorded, options = _recorded(stored, prefix), layer.adapters["default"]
-        if recorded and recorded != (options.rank, options.alpha, options.rslora):
-            rank, alpha, stabilised = recorded
-            raise CheckpointError(
-                f"{stored.path}: `{prefix}` was trained with alpha={alpha:g}, rank={rank} and rslora={stabilised}, and"
-                f" `module` has alpha={options.alpha:g}, rank={options.rank} and rslora={options.rslora}: build it as"
-                " the members were trained."
-            )
-        return layer
-
-    def _verify(self, stored: Stored, base: dict[str, nn.Parameter]) -> None:
-        """Refuse a member that was trained beside other frozen weights than the module's."""
-        recorded = (stored.rest.get("lightning_tricks") or {}).get("base") or {}
-        if not recorded:
+    def _verify(self, stored: Stored, module: nn.Module) -> None:
+        """Let the module refuse adapters that were trained beside other weights, or with other options."""
+        if "base" not in (stored.rest.get("lightning_tricks") or {}):
             rank_zero_warn(f"{stored.path} does not say which base it was trained on: `module` is taken for it.")
-        for name, expected in recorded.items():
-            if name in base and name not in self._fingerprints:
-                self._fingerprints[name] = fingerprint(base[name])
-            if name not in base or not same_fingerprint(expected, self._fingerprints[name]):
-                raise CheckpointError(
-                    f"{stored.path} was trained beside another `{name}` than that of `module`: build it on the base"
-                    " that the members were trained on."
-                )
+        elif isinstance(module, LightningModule):
+            empty = {name: torch.empty(each.shape, device="meta") for name, each in stored.weights.items()}
+            try:
+                module.on_load_checkpoint({**stored.rest, "state_dict": empty})
+            except CheckpointError as error:
+                raise CheckpointError(f"{stored.path} does not fit `module`: {error}") from error
 
 
-def _recorded(stored: Stored, prefix: str) -> tuple[int, float, bool] | None:
-    """Rank, alpha and rslora of a layer, by the options of the innermost adapted module around it."""
-    record = stored.rest.get("lightning_tricks") or {}
-    adapted = {path: held["default"] for path, held in (record.get("adapters") or {}).items() if "default" in held}
-    adapted = adapted or record.get("lora") or {}  # as it was recorded once
-    around = [name for name in adapted if not name or prefix == name or prefix.startswith(f"{name}.")]
-    options = adapted[max(around, key=len)] if around else {}
-    if "rank" not in options:
-        return None
-    rank, alpha = _of_layer(options["rank"], prefix), _of_layer(options["alpha"], prefix)
-    return int(rank), float(alpha), bool(options.get("rslora", False))
-
-
-def _of_layer(values: Any, prefix: str) -> Any:
-    """One value for all layers, or the first whose pattern fits."""
-    if not isinstance(values, Mapping):
-        return values
-    return next(value for pattern, value in values.items() if path_matches(pattern, prefix))
+def _layer(stored: Stored, prefix: str, module: nn.Module) -> LowRankLayer:
+    """The layer of the module that a pair of factors belongs to, if they can be merged into it."""
+    try:
+        layer: Any = module.get_submodule(prefix)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, LowRankLayer) or list(layer.adapters) != ["default"] or layer.merged is not None:
+        found = "absent" if layer is None else f"a {type(layer).__name__}"
+        raise CheckpointError(
+            f"{stored.path} holds `{prefix}{_DOWN}`, and `{prefix}` in `module` is {found}, without one adapter that is"
+            " not merged: build it as the members were trained."
+        )
+    options = layer.adapters["default"]
+    if options.decomposed or options.init == "pissa":
+        kind = "DoRA" if options.decomposed else "PiSSA"
+        raise CheckpointError(
+            f"{stored.path} holds {kind} adapters (`{prefix}{_DOWN}`), which are not averaged: {_WHY}."
+        )
+    for part, own in ((_DOWN, layer.lora_A), (_UP, layer.lora_B)):
+        given, wanted = stored.weights.get(prefix + part), list(cast(Tensor, own).shape)
+        if given is None or list(given.shape) != wanted:
+            told = "is absent" if given is None else f"has the shape {list(given.shape)}"
+            raise CheckpointError(
+                f"{stored.path}: `{prefix}{part}` {told}, and has the shape {wanted} in `module`: build it with the"
+                " members' rank."
+            )
+    return layer

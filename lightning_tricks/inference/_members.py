@@ -71,13 +71,18 @@ def _compare(reference: Stored, member: Stored, ignore: Collection[str]) -> None
     refuse_other_weights(reference, member)
     refuse_other_meaning(reference, member, ignore)
     _refuse_other_base(reference, member)
-    averaged = [stored.path for stored in (reference, member) if "averaging_state" in stored.rest]
+    averaged = [stored.path for stored in (reference, member) if _is_average(stored)]
     if len(averaged) == 1:
         other = next(stored.path for stored in (reference, member) if stored.path != averaged[0])
         raise CheckpointError(
             f"cannot combine {member.path} with {reference.path}: {averaged[0]} holds a running average of the weights"
             f" and {other} the weights themselves. Combine checkpoints of one kind."
         )
+
+
+def _is_average(stored: Stored) -> bool:
+    """Whether Lightning's WeightAveraging, or the suite's, says that the weights are a running average."""
+    return "averaging_state" in stored.rest or "averaged" in (stored.rest.get("lightning_tricks") or {})
 
 
 def _refuse_second_sets(member: Stored) -> None:

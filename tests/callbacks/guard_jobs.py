@@ -106,6 +106,24 @@ def window_as_if_it_had_not_been(engine: str, folder: str, kind: str, precision:
     same_in_every_bit(found, expected)
 
 
+class Tiny(Spoilt):
+    """One layer, so that a thousand steps take seconds."""
+
+    def __init__(self, **options):
+        super().__init__(batches=1000, **options)
+        self.enter, self.blocks, self.head = nn.Identity(), nn.ModuleList(), nn.Linear(6, 3)
+
+
+def one_batch_in_a_thousand(engine: str, folder: str) -> None:
+    """A NaN on the last rank in one batch of a thousand: the weights of a fit whose data lack that batch."""
+    run, guard = Run(engine, Path(folder)), NonFiniteGuard(max_skips=1)
+    found = train(run, Tiny(bad=(617,)), guard)
+    assert (guard.skipped_steps, found.global_step) == (1, 1000)
+    expected = train(run, Tiny(left_out=(617,)))
+    assert expected.global_step == 999
+    same_in_every_bit(found, expected)
+
+
 def stops(engine: str, folder: str) -> None:
     """C4: an error on every rank that names the batches and the rank, and no step; the files hold them."""
     run, bad = Run(engine, Path(folder)), ranks()[1] - 1

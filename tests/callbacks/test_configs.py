@@ -5,14 +5,19 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
 from lightning_tricks.callbacks import (
+    EMA,
+    LAWA,
+    SWA,
     CheckpointEnsemble,
     EarlyStopping,
     FixedNorm,
     GradientClipping,
     Percentile,
+    Steps,
     TopK,
     UnitwiseAdaptive,
     Value,
+    Watch,
     ZScore,
 )
 
@@ -77,6 +82,22 @@ def test_gradient_norm_monitor(groups):
     assert parsed("GradientNormMonitor").groups == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("EMA", {"decay": 0.99, "warmup": 0}, EMA(0.99, warmup=0)),
+        ("SWA", {"start": 0.5}, SWA(start=0.5)),
+        ("SWA", {"start": 100}, SWA(start=100)),
+        ("LAWA", {"k": 3}, LAWA(k=3)),
+    ],
+)
+def test_weight_averaging(name, options, wanted):
+    policy = {"class_path": f"lightning_tricks.callbacks.{name}", "init_args": options}
+    callback = parsed("WeightAveraging", policy=policy, update_every=10, use_for=["result"])
+    assert (callback.policy, callback.update_every, callback.use_for) == (wanted, 10, ("result",))
+    assert parsed("WeightAveraging", update_every="epoch").policy == EMA()
+
+
 def test_limits_for_parts_of_the_model():
     percentile = {"class_path": "lightning_tricks.callbacks.Percentile", "init_args": {"q": 90.0}}
     policy = parsed("GradientClipping", policy={"encoder.*": 1.0, "head": percentile}).policy
@@ -84,3 +105,13 @@ def test_limits_for_parts_of_the_model():
         "encoder.*": repr(FixedNorm(1.0)),
         "head": repr(Percentile(90.0)),
     }
+
+
+def test_early_stopping_with_policies():
+    base = "lightning_tricks.callbacks"
+    watch = {"class_path": f"{base}.Watch", "init_args": {"monitor": "val/f1", "smoothing": 0.5}}
+    patience = {"class_path": f"{base}.Steps", "init_args": {"n": 2000}}
+    callback = parsed("EarlyStopping", monitor=["val/loss", watch], patience=patience, stop_when="all")
+    assert callback.patience == Steps(2000)
+    assert callback._watches == [Watch("val/loss"), Watch("val/f1", smoothing=0.5)]
+    assert parsed("EarlyStopping", monitor=watch).monitor == "val/f1"

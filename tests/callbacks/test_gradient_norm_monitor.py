@@ -1,9 +1,11 @@
 """GradientNormMonitor on one device; its row of the matrix has it on every engine."""
 
+import itertools
 import logging
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_tricks.callbacks import GradientClipping, GradientNormMonitor, NonFiniteGuard
 from lightning_tricks.callbacks._norm_series import PENDING, POINTS, NormSeries
@@ -149,3 +151,50 @@ def test_a_group_that_selects_nothing(trainer):
 def test_a_group_whose_name_is_taken():
     with pytest.raises(MisconfigurationError, match="`total` would be logged as `grad_norm/total`"):
         GradientNormMonitor(groups=["total"])
+
+
+class Weights(Callback):
+    """The weights before each step, and at the end."""
+
+    def __init__(self):
+        self.flat = []
+
+    def on_train_batch_start(self, trainer, module, *_):
+        self.flat.append(torch.cat([p.detach().flatten().double() for p in module.parameters()]))
+
+    on_train_end = on_train_batch_start
+
+
+def test_update_ratio_is_the_updates_norm_over_the_weights(trainer):
+    weights, ratios = Weights(), []
+
+    class Rows(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            ratios.append(float(trainer.callback_metrics["update_ratio/total"]))
+
+    monitor = GradientNormMonitor(groups={"top": "head"}, update_ratio_every=2)
+    run = trainer([weights, monitor, Rows()], max_epochs=1)
+    run.fit(Spoilt())
+    wanted = [float((after - before).norm() / before.norm()) for before, after in itertools.pairwise(weights.flat)]
+    assert ratios[::2] == pytest.approx(wanted[::2], rel=1e-4)
+    assert ratios[1::2] == ratios[::2], "measured in every step"
+    assert 0 < float(run.callback_metrics["update_ratio/top"]) != ratios[-1]
+
+
+def test_update_ratio_of_a_window_counts_its_step(trainer):
+    monitor = GradientNormMonitor(update_ratio_every=1)
+    run = trainer([monitor], max_epochs=1, accumulate_grad_batches=3)
+    run.fit(Spoilt())
+    assert run.callback_metrics["update_ratio/total"] > 0
+
+
+def test_update_ratio_of_a_dropped_step_is_zero(trainer):
+    run = trainer([GradientNormMonitor(update_ratio_every=1), NonFiniteGuard()], max_epochs=1, limit_train_batches=2)
+    run.fit(Spoilt(bad=(1,)))
+    assert run.callback_metrics["update_ratio/total"] == 0
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_intervals_of_the_update_ratio_that_make_no_sense(every):
+    with pytest.raises(MisconfigurationError, match=f"`update_ratio_every` must .* above 0, got {every}"):
+        GradientNormMonitor(update_ratio_every=every)

@@ -49,3 +49,8 @@ def test_c2_overflows_are_left_to_the_loss_scaler(job, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_c3_skipped_steps_are_logged(job, engine):
     job("logged", engine)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero_3", marks=ZERO)])
+def test_one_bad_batch_in_a_thousand(job, engine):
+    job("one_batch_in_a_thousand", engine, limit=240)

@@ -43,13 +43,26 @@ from lightning_tricks.callbacks import (
     Value,
     ZScore,
 )
+from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import whole
 from lightning_tricks.mixins import ClassWeightedLossMixin, LoRA, LoRAMixin
+from tests.conformance import accumulation_cases as accumulation
+from tests.conformance import averaging_cases as averaging
+from tests.conformance import data_cases
 from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
+from tests.conformance import schedule_cases as schedule
 from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
-from tests.conformance.gradient_cases import check_clipped_share, check_parts, clipping_by_part, clipping_by_unit
+from tests.conformance.gradient_cases import (
+    check_clipped_share,
+    check_parts,
+    check_spike_recovery,
+    clipping_by_part,
+    clipping_by_unit,
+    observe_spike_recovery,
+    spike_recovery,
+)
 from tests.conformance.model import Classifier, Sequences, full_weights, loader
 
 __all__ = ["CASES", "Case", "Run"]
@@ -68,6 +81,7 @@ class Run:
     callbacks: tuple[L.Callback, ...] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)  # options of the Trainer
     samples: int = 54  # global batches of 8: six whole ones and one of 6
+    loader: Callable[[int, int], TricksDataLoader] | None = None  # of samples and ranks; None: the usual one
     validation_samples: int = 28
 
 
@@ -217,7 +231,7 @@ def check_spikes(outcome: Outcome) -> None:
 
 def gradient_norm_monitor() -> Run:
     """Behind clipping in the list, whose gradients it must not see clipped."""
-    monitor = GradientNormMonitor(groups={"encoder": "encoder", "head": "head"})
+    monitor = GradientNormMonitor(groups={"encoder": "encoder", "head": "head"}, update_ratio_every=2)
     return Run(Descent(), (GradientClipping(LIMIT), monitor), trainer={"accumulate_grad_batches": 2})
 
 
@@ -237,6 +251,9 @@ def check_gradient_norm_monitor(outcome: Outcome) -> None:
     assert facts["clipped"] == logged["grad_norm/clipped"]["values"].sum()
     assert abs(logged["grad_norm/clipped_share"]["values"][-1] - facts["clipped"] / 12) < 1e-6
     assert torch.allclose(facts["norms"].double(), total, rtol=1e-6)
+    ratios = logged["update_ratio/total"]["values"]
+    assert len(ratios) == 6
+    assert ((ratios > 1e-3) & (ratios < 0.1)).all(), ratios
 
 
 # -- NonFiniteGuard ----------------------------------------------------------------------------------------------------
@@ -383,7 +400,13 @@ CASES = (
     Case("GradientClipping", clipping_by_part, check_parts, variant="parts"),
     Case("GradientNormMonitor", gradient_norm_monitor, check_gradient_norm_monitor, observe_gradient_norm_monitor),
     Case("NonFiniteGuard", non_finite_guard, check_non_finite_guard, observe_non_finite_guard),
+    Case("BatchSizeAccumulation", accumulation.batch_size_accumulation, accumulation.check_batch_size_accumulation),
+    Case("SpikeRecovery", spike_recovery, check_spike_recovery, observe_spike_recovery),
+    Case("LearningRateSchedule", schedule.learning_rate_schedule, schedule.check_learning_rate_schedule),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
+    Case("WeightAveraging", lambda: Run(*averaging.ema()), averaging.check_ema, averaging.observe_averaging),
+    Case("WeightAveraging", lambda: Run(*averaging.swa()), averaging.check_swa, averaging.observe_averaging, "SWA"),
+    Case("WeightAveraging", lambda: Run(*averaging.lawa()), averaging.check_lawa, averaging.observe_averaging, "LAWA"),
     Case("CheckpointEnsemble", ensembles.cyclic, ensembles.check_cyclic, ensembles.observe_cyclic, variant="Cyclic"),
     Case(
         "CheckpointEnsemble",
@@ -403,6 +426,9 @@ CASES = (
     *(Case("AdapterMixin", row.build, row.check, row.observe, variant=name) for name, row in ADAPTER_ROWS.items()),
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
     Case("LossNormalizationMixin", normalization.loss_normalization, normalization.check_loss_normalization),
+    Case("LengthBucketSampler", data_cases.length_bucket_sampler, data_cases.check_length_bucket_sampler),
+    Case("ClassBalancedSampler", data_cases.class_balanced_sampler, data_cases.check_class_balanced_sampler),
+    Case("FeatureNormalizer", data_cases.feature_normalizer, data_cases.check_feature_normalizer),
 )
 
 

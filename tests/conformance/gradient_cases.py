@@ -3,11 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from lightning_tricks.callbacks import GradientClipping, UnitwiseAdaptive
+from lightning_tricks.callbacks import GradientClipping, SpikeRecovery, UnitwiseAdaptive
 from tests.conformance.model import Classifier
 
 if TYPE_CHECKING:
+    import lightning as L
+
     from tests.conformance.cases import Run
 
 
@@ -50,3 +53,30 @@ def check_parts(outcome: dict[str, Any]) -> None:
         assert len(clipped) == outcome["steps"] == 12
         assert 0 < clipped.sum() < 12, f"clips every step, or none: choose another limit for {part}: {norms}"
         assert (norms - limit).abs().min() > 0.002, f"too near: rounding would decide: {norms}"
+
+
+class Spiking(Classifier):
+    """One batch before the checkpoint and one after it have a loss that is fifty times the usual."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(logits, labels) * (50 if self.training and self.trainer.global_step in SPIKES else 1)
+
+
+SPIKES = (9, 17)  # the checkpoint is written after 11 steps
+
+
+def spike_recovery() -> "Run":
+    return _run(Spiking(), (SpikeRecovery(threshold=10.0, window=8, every_n_steps=2),))
+
+
+def observe_spike_recovery(run: "Run", trainer: "L.Trainer") -> dict[str, Any]:
+    schedule = trainer.lr_scheduler_configs[0].scheduler.last_epoch
+    return {"rollbacks": run.callbacks[0].rollbacks, "schedule": schedule}
+
+
+def check_spike_recovery(outcome: dict[str, Any]) -> None:
+    assert outcome["steps"] == 21
+    assert outcome["facts"]["rollbacks"] == 2
+    assert outcome["facts"]["schedule"] < 21 - 2 * 2, "the schedule was not rolled back"
+    rollbacks = outcome["logged"]["rollbacks"]["values"].tolist()
+    assert rollbacks == [0] * 9 + [1] * 8 + [2] * 4

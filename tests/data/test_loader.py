@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from lightning_tricks.data import TricksDataLoader, loader
+from lightning_tricks.data._order import PlainOrder
 from lightning_tricks.errors import DataError, MisconfigurationError
 from tests.trainers import quiet_trainer as trainer
 
@@ -171,8 +172,49 @@ def test_ranks_may_change_when_the_global_batch_does_not(monkeypatch):
     assert [first + second for first, second in zip(*found, strict=True)] == expected[1:]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 11])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (4, 1), (3, 2), (1, 2), (2, 3)])
+def test_on_other_ranks_what_is_left_is_shared_out_anew(monkeypatch, before, after, batch_size):
+    """Every sample once, in as many batches as an epoch has on the ranks at the end, or refused."""
+    for taken in (1, 2, 5):
+        monkeypatch.setattr(loader, "ranks", lambda: (0, before))
+        first = make(46, batch_size)
+        if taken >= len(first):
+            continue
+        seen = [
+            n
+            for rank in range(before)
+            for batch in on_rank(monkeypatch, rank, before, make(46, batch_size))[:taken]
+            for n in batch
+        ]
+        monkeypatch.setattr(loader, "ranks", lambda: (0, before))
+        for _, _ in zip(range(taken), first, strict=False):
+            state = first.state_dict()
+        parts = []
+        for rank in range(after):
+            monkeypatch.setattr(loader, "ranks", lambda rank=rank: (rank, after))
+            other = make(46, batch_size)
+            left, steps = 46 - len(seen), len(other) - taken
+            if steps < 1 or left < steps * after or left - steps * after * batch_size >= after:
+                # More ranks make fewer batches of an epoch than were taken and are left; or nearly all were taken.
+                with pytest.raises(MisconfigurationError, match="Lightning counts on that number"):
+                    other.load_state_dict(state)
+                break
+            other.load_state_dict(state)
+            parts.append(batches(other))
+            assert taken + len(parts[-1]) == len(other)
+        else:
+            assert all(batch for part in parts for batch in part)
+            assert sorted(seen + [n for part in parts for batch in part for n in batch]) == list(range(46))
+
+
+def on_rank(monkeypatch, rank, world, one):
+    monkeypatch.setattr(loader, "ranks", lambda: (rank, world))
+    return batches(one)
+
+
 @pytest.mark.parametrize(
-    ("options", "name"), [({"batch_size": 4}, "global_batch_size"), ({"seed": 9}, "seed"), ({"count": 23}, "samples")]
+    ("options", "name"), [({"shuffle": False}, "shuffle"), ({"seed": 9}, "seed"), ({"count": 23}, "samples")]
 )
 def test_another_order_is_refused_in_mid_epoch_only(options, name):
     one = make()
@@ -212,6 +254,13 @@ def test_too_few_samples_is_an_error_not_a_hang(monkeypatch, count, world, optio
 def test_bad_options(options, message):
     with pytest.raises(MisconfigurationError, match=message):
         make(**options)
+
+
+def test_a_sampler_replaces_the_loader_s_own_options():
+    with pytest.raises(MisconfigurationError, match="Pass `batch_size`, `seed`, or a `sampler` instead"):
+        TricksDataLoader(Numbers(3), shuffle=True)
+    with pytest.raises(MisconfigurationError, match="`seed` is the sampler's"):
+        TricksDataLoader(Numbers(3), seed=1, sampler=PlainOrder(3, batch_size=1, shuffle=False, seed=0))
 
 
 def test_datasets_that_cannot_be_ordered():

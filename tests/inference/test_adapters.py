@@ -11,13 +11,13 @@ from lightning_tricks.mixins import LoRA, LoRAMixin
 
 
 class Adapted(LoRAMixin, L.LightningModule):
-    def __init__(self, base=0, rank=2, alpha=6.0):
+    def __init__(self, base=0, rank=2, alpha=6.0, **options):
         super().__init__()
         self.save_hyperparameters()
         torch.manual_seed(base)
         self.net = nn.ModuleDict({"query": nn.Linear(5, 4), "out": nn.Linear(4, 4)})
         self.head = nn.Linear(4, 2)
-        self.adapt(self.net, LoRA(rank=rank, alpha=alpha, targets=("query",)))
+        self.adapt(self.net, LoRA(rank=rank, alpha=alpha, targets=("query",), **options))
 
     def forward(self, x):
         return self.head(torch.tanh(self.net["out"](self.net["query"](x))))
@@ -71,31 +71,6 @@ def test_one_member_computes_as_before(saved, tmp_path):
     torch.testing.assert_close(merged(x), member(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        LoRA(rank=3, alpha=6.0, targets=("query",), rslora=True),
-        LoRA(rank={"query": 3}, alpha={"*": 6.0}, targets=("query",)),
-        LoRA(rank=2, alpha=6.0, targets=("query:1-3",)),
-    ],
-)
-def test_whatever_the_options_are(saved, tmp_path, policy):
-    class Other(Adapted):
-        def __init__(self):
-            L.LightningModule.__init__(self)
-            torch.manual_seed(0)
-            self.net = nn.ModuleDict({"query": nn.Linear(5, 4), "out": nn.Linear(4, 4)})
-            self.head = nn.Linear(4, 2)
-            self.adapt(self.net, policy)
-
-    member, x = Other(), torch.randn(7, 5)
-    nn.init.normal_(member.net["query"].lora_B)
-    average_checkpoints([saved("one", member)], tmp_path / "merged.ckpt", module=Other())
-    merged = Other.load_from_checkpoint(tmp_path / "merged.ckpt")
-    assert not merged.net["query"].lora_B.any()
-    torch.testing.assert_close(merged(x), member(x), rtol=1e-5, atol=1e-5)
-
-
 def test_the_module_is_not_changed(saved, tmp_path):
     module = Adapted()
     before = [parameter.clone() for parameter in module.parameters()]
@@ -103,9 +78,25 @@ def test_the_module_is_not_changed(saved, tmp_path):
     assert all(map(torch.equal, module.parameters(), before))
 
 
+@pytest.mark.parametrize("options", [{"rslora": True}, {"init": "gaussian"}])
+def test_other_scales_and_starts(saved, tmp_path, options):
+    members = [trained(seed, **options) for seed in range(2)]
+    paths = [saved(str(n), member) for n, member in enumerate(members)]
+    average_checkpoints(paths, tmp_path / "mean.ckpt", module=Adapted(**options))
+    weights = [member.net["query"].merged_values()["weight"] for member in members]
+    loaded = Adapted.load_from_checkpoint(tmp_path / "mean.ckpt", strict=True)
+    torch.testing.assert_close(loaded.net["query"].weight, sum(weights) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_principal_parts_are_refused(saved, tmp_path):
+    path = saved("pissa", trained(0, init="pissa"))
+    with pytest.raises(CheckpointError, match=r"pissa\.ckpt holds (PiSSA|`net\.query\.lora_A_start`)"):
+        average_checkpoints([path], tmp_path / "mean.ckpt", module=Adapted(init="pissa"))
+
+
 def test_a_rank_of_its_own_for_each_is_refused(saved, tmp_path):
     paths = [saved("two", trained(0)), saved("three", trained(0, rank=3, alpha=9.0))]
-    with pytest.raises(CheckpointError, match=r"three\.ckpt.*`net\.query`.*rank=3"):
+    with pytest.raises(CheckpointError, match=r"three\.ckpt does not fit `module`: `net` was adapted with rank=3"):
         average_checkpoints(paths, tmp_path / "mean.ckpt", module=Adapted())
 
 
@@ -113,9 +104,9 @@ def test_a_rank_of_its_own_for_each_is_refused(saved, tmp_path):
     ("member", "module", "message"),
     [
         ({}, None, r"holds adapters \(`net\.query\.lora_A`\).*mean of A and of B apart.*`module=`"),
-        ({"base": 1}, Adapted, r"trained beside another `net\.query\.weight`"),
-        ({"alpha": 8.0}, Adapted, r"alpha=8.*`module` has alpha=6"),
-        ({}, lambda: nn.Module(), r"trained beside another `net\.query\.weight`"),
+        ({"base": 1}, Adapted, r"does not fit `module`: `net\.query\.weight` is not the tensor"),
+        ({"alpha": 8.0}, Adapted, r"does not fit `module`: `net` was adapted with alpha=8.*here with alpha=6"),
+        ({}, lambda: nn.Module(), r"`net\.query` in `module` is absent"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(saved, tmp_path, member, module, message):
@@ -128,5 +119,5 @@ def test_what_cannot_be_merged_is_refused(saved, tmp_path, member, module, messa
 @pytest.mark.parametrize("key", ["net.query.lora_A.default.weight", "net.query.lora_magnitude", "net.lora_embedding_A"])
 def test_adapters_of_others_are_refused(save, tmp_path, key):
     path = save("peft", {key: torch.ones(2, 5)})
-    with pytest.raises(CheckpointError, match=rf"peft\.ckpt.*`{key}`, which is not an adapter of LoRAMixin"):
+    with pytest.raises(CheckpointError, match=rf"peft\.ckpt.*`{key}`, which is not of a single plain LoRA adapter"):
         average_checkpoints([path], tmp_path / "mean.ckpt", module=Adapted())

@@ -108,6 +108,7 @@ OTHERS = {
     "labels": ({}, {"hyper_parameters": {"labels": ["b", "a"]}}, r"`labels` is \['b', 'a'\].*ignore=\['labels'\]"),
     "data": ({}, {"datamodule_hyper_parameters": {"tokenizer": "y"}}, "`tokenizer` is 'y' in the one and 'x'"),
     "an average": ({}, {"averaging_state": {"n_averaged": 3}}, "holds a running average of the weights"),
+    "the suite's average": ({}, {"lightning_tricks": {"averaged": {"updates": "3"}}}, "holds a running average"),
     "two sets": ({}, {"state_dict_ema": {}}, "two sets of weights, `state_dict` and `state_dict_ema`"),
     "base": ({}, {"lightning_tricks": {"base": {"e.w": {"shape": "1", "float32": "00"}}}}, "different frozen.*`e.w`"),
 }

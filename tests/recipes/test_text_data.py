@@ -59,6 +59,17 @@ def test_loaders_hold_every_text_once_with_its_class(tsv):
     assert [sum(len(batch["labels"]) for batch in loader) for loader in loaders] == [48, 6, 6]
 
 
+def test_a_token_budget_for_training_alone(tsv):
+    data, plain = ready(tsv, max_length=16, max_tokens=32), ready(tsv, max_length=16)
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert sorted(texts_of(data, batches)) == sorted(texts_of(plain, plain.train_dataloader()))
+    assert len(loader) == len(batches)
+    assert max(batch["input_ids"].numel() for batch in batches) <= 32
+    assert len({len(batch["labels"]) for batch in batches}) > 1
+    assert texts_of(data, data.val_dataloader()) == texts_of(plain, plain.val_dataloader())
+
+
 def test_training_is_reshuffled_and_evaluation_goes_by_length(tsv):
     data = ready(tsv)
     train, val = data.train_dataloader(), data.val_dataloader()
@@ -146,6 +157,7 @@ def test_bad_files(path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_tokens": 100}, "`max_tokens=100` is less than `max_length=128`"),
         ({"max_length": 4}, "`max_length` must be at least 8, got 4"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"seed": -1}, "`seed` must be at least 0"),

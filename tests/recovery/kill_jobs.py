@@ -19,8 +19,10 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from lightning_tricks.callbacks import EMA, WeightAveraging
 from lightning_tricks.cli.resume import newest_checkpoint
 from lightning_tricks.engines import engine_of
+from lightning_tricks.engines._weights import WeightsEngine
 from tests.conformance.worker import die_with
 from tests.engines.checks import Run, weights_of
 from tests.engines.full_disk_jobs import Validated
@@ -42,7 +44,9 @@ def prepare() -> None:
         importlib.import_module(name)
 
 
-def fit(engine: str, folder: str, port: int, moment: int | None = None, delay: float = 0.0) -> list[int] | None:
+def fit(
+    engine: str, folder: str, port: int, moment: int | None = None, delay: float = 0.0, averaging: bool = False
+) -> list[int] | None:
     """Fit in a forked process, from the newest checkpoint if there is one.
 
     Args:
@@ -51,6 +55,7 @@ def fit(engine: str, folder: str, port: int, moment: int | None = None, delay: f
         port: a free one, for the group of this very fit to meet at.
         moment: at which of its moments rank 0 is to be killed, and all others with it; None to let it end.
         delay: how long after that moment, in seconds.
+        averaging: average the weights too, and save in validations as well.
 
     Returns:
         On rank 0, of a fit that ended: the moments in its saves, and how many moments there were in all.
@@ -61,7 +66,7 @@ def fit(engine: str, folder: str, port: int, moment: int | None = None, delay: f
     place = Path(folder)
     child = os.fork()
     if child == 0:
-        _child(engine, place, port, moment, delay)
+        _child(engine, place, port, moment, delay, averaging)
     (place / f"pid{rank}-{port}").write_text(str(child))
     if moment is not None and rank == 0:
         world = 1 if engine == "one_device" else 2
@@ -93,7 +98,7 @@ def _ended(child: int) -> int:
         time.sleep(0.002)
 
 
-def _child(engine: str, place: Path, port: int, moment: int | None, delay: float) -> None:
+def _child(engine: str, place: Path, port: int, moment: int | None, delay: float, averaging: bool) -> None:
     status = 1
     try:
         threading.Thread(target=die_with, args=(os.getppid(),), daemon=True).start()
@@ -102,7 +107,7 @@ def _child(engine: str, place: Path, port: int, moment: int | None, delay: float
                 del os.environ[name]
         os.environ["MASTER_PORT"] = str(port)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # which knows the last fit's addresses
-        _train(engine, place, moment, delay)
+        _train(engine, place, moment, delay, averaging)
         while moment is not None:  # a fit that is faster than its delay: it is killed at its very end
             time.sleep(1)
         status = 0
@@ -113,27 +118,30 @@ def _child(engine: str, place: Path, port: int, moment: int | None, delay: float
         os._exit(status)
 
 
-def _train(engine: str, place: Path, moment: int | None, delay: float) -> None:
+def _train(engine: str, place: Path, moment: int | None, delay: float, averaging: bool) -> None:
     run = Run(engine, place)
     moments = Moments(place, moment if run.rank == 0 else None, blocks=delay == 0)
     if run.rank == 0:
         moments.count_changes_of_the_disk()
+        moments.count_swaps()
     found = newest_checkpoint([place])
     options = {"max_steps": STEPS, "max_epochs": -1, "val_check_interval": 3}
-    trainer = run.trainer(moments, Saver(place / NAME), **options)
+    saver, average = Saver(place / NAME, averaging), [WeightAveraging(EMA(0.5))] if averaging else []
+    trainer = run.trainer(moments, saver, *average, **options)
     trainer.fit(Validated(batches=BATCHES), ckpt_path=None if found is None else str(found))
     assert trainer.global_step == STEPS
     weights = weights_of(trainer)
     if run.rank == 0:
         (place / "moments").write_text(json.dumps([*moments.saving, moments.count]))
+        (place / "swaps").write_text(json.dumps(moments.swaps))
         torch.save(weights, place / "weights.pt")
 
 
 class Saver(L.Callback):
     """Saves under one name, over the one before, after every other step; that is in mid-epoch."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, validations: bool = False) -> None:
+        self.path, self.validations = path, validations
 
     def setup(self, trainer, pl_module, stage):
         engine_of(trainer)  # as any trick does
@@ -142,13 +150,17 @@ class Saver(L.Callback):
         if trainer.global_step % 2 == 0:
             trainer.save_checkpoint(self.path)
 
+    def on_validation_end(self, trainer, *rest):
+        if self.validations and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path)
+
 
 class Moments(L.Callback):
     """Counts the moments of a fit, and says when the chosen one has come."""
 
     def __init__(self, place: Path, chosen: int | None, blocks: bool) -> None:
         self.place, self.chosen, self.blocks = place, chosen, blocks
-        self.count, self.saving = 0, []
+        self.count, self.saving, self.swaps = 0, [], []
 
     def pass_one(self, *_) -> None:
         self.count += 1
@@ -174,6 +186,19 @@ class Moments(L.Callback):
 
         os.fsync, torch.save = fsync, save
         sys.addaudithook(self._audit)
+
+    def count_swaps(self) -> None:
+        """Before and after other weights are put into the module."""
+        real = WeightsEngine.put_shards
+
+        def put_shards(engine, values):
+            self.swaps.append(self.count)
+            self.pass_one()
+            real(engine, values)
+            self.swaps.append(self.count)
+            self.pass_one()
+
+        WeightsEngine.put_shards = put_shards
 
     def _audit(self, event, arguments) -> None:
         writes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")

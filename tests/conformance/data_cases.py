@@ -1,0 +1,142 @@
+"""Rows of the data tricks. Their loaders give one device the global batches of two ranks."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_tricks.data import ClassBalancedSampler, FeatureNormalizer, LengthBucketSampler, TricksDataLoader
+from lightning_tricks.data._plan import Plan
+from lightning_tricks.engines import engine_of
+from tests.conformance.model import Classifier, Sequences, collate
+
+if TYPE_CHECKING:
+    from tests.conformance.cases import Outcome, Run
+
+RANKS = 2  # of the matrix's engines, whose batches one device takes together
+BUDGET = 24
+
+
+class Together:
+    """A sampler whose plan on one device is that of two ranks, each step's parts in one."""
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def steps(self, world: int, limit: int) -> int:
+        return self._sampler.steps(RANKS, limit)
+
+    def plan(self, world: int, limit: int, *rest: Any) -> Plan:
+        return self._sampler.plan(RANKS, limit, *rest)
+
+
+class Counting(Classifier):
+    """The mean loss over the global batch, however unevenly ranks share it; logs what the batches hold."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, labels = batch
+        self.batches_seen += 1
+        engine = engine_of(self.trainer)
+        held = engine.sum_over_ranks(F.one_hot(labels, 3).sum(0).float())
+        loss = F.cross_entropy(self(tokens).float(), labels, reduction="sum") * engine.world_size / held.sum()
+        self.log("train/loss", loss, on_step=True, on_epoch=False, sync_dist=True)
+        for label, count in enumerate(held):
+            self.log(f"train/class_{label}", count, on_step=True, on_epoch=False)
+        return loss
+
+
+def loader_with(sampler: Any, data: Sequences, world: int) -> TricksDataLoader:
+    return TricksDataLoader(data, sampler=sampler if world == RANKS else Together(sampler), collate_fn=collate)
+
+
+def buckets(data: Sequences) -> LengthBucketSampler:
+    return LengthBucketSampler([len(row) for row in data.tokens], max_tokens=BUDGET, window=2)
+
+
+def drawn(outcome: "Outcome") -> Tensor:
+    """How many samples of each class each step had, of shape (steps, classes)."""
+    return torch.stack([outcome["logged"][f"train/class_{label}"]["values"] for label in range(3)], dim=1)
+
+
+# -- LengthBucketSampler -----------------------------------------------------------------------------------------------
+
+
+def bucket_loader(samples: int, world: int) -> TricksDataLoader:
+    data = Sequences(samples, seed=1)
+    return loader_with(buckets(data), data, world)
+
+
+def length_bucket_sampler() -> "Run":
+    from tests.conformance.cases import Run
+
+    return Run(Counting(), loader=bucket_loader)
+
+
+def check_length_bucket_sampler(outcome: "Outcome") -> None:
+    counts, data = drawn(outcome), Sequences(54, seed=1)
+    epochs = counts.reshape(3, -1, 3)
+    assert (epochs.sum(1) == data.labels.bincount()).all(), "an epoch is not every sample once"
+    assert len(counts.sum(1).unique()) > 2, "batches by tokens hold different numbers of samples"
+
+
+# -- ClassBalancedSampler ----------------------------------------------------------------------------------------------
+
+
+def balanced_loader(samples: int, world: int) -> TricksDataLoader:
+    data = Sequences(samples, seed=1)
+    return loader_with(ClassBalancedSampler(data.labels.numpy(), within=buckets(data)), data, world)
+
+
+def class_balanced_sampler() -> "Run":
+    from tests.conformance.cases import Run
+
+    return Run(Counting(), loader=balanced_loader, samples=36)
+
+
+def check_class_balanced_sampler(outcome: "Outcome") -> None:
+    largest = Sequences(36, seed=1).labels.bincount().max()
+    assert (drawn(outcome).reshape(3, -1, 3).sum(1) == largest).all(), "classes do not come equally often"
+
+
+# -- FeatureNormalizer -------------------------------------------------------------------------------------------------
+
+
+class Normalized(Classifier):
+    """What the encoder gives of the untrained tokens' positions, normalised: statistics of each rank's own part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalizer = FeatureNormalizer(2)
+
+    def setup(self, stage: str) -> None:
+        data = Sequences(54, seed=1)
+        own = range(self.trainer.global_rank, len(data), self.trainer.world_size)
+        self.normalizer.fit(self.features(data[index][0][None]) for index in own)
+
+    @staticmethod
+    def features(tokens: Tensor) -> Tensor:
+        """The length and the mean token of each sequence."""
+        real = (tokens != 0).sum(1)
+        return torch.stack([100.0 + real, tokens.sum(1) / real], dim=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        told = self.normalizer(self.features(tokens)).to(self.head.weight.dtype)
+        return super().forward(tokens) + told.sum(1, keepdim=True) * self.head.bias
+
+
+def feature_normalizer() -> "Run":
+    from tests.conformance.cases import Run
+
+    return Run(Normalized())
+
+
+def check_feature_normalizer(outcome: "Outcome") -> None:
+    data = Sequences(54, seed=1)
+    rows = torch.cat([Normalized.features(tokens[None]) for tokens in data.tokens]).double()
+    found = outcome["weights"]["normalizer.statistics"].view(torch.float64)
+    assert torch.allclose(found[:2], torch.stack([rows.mean(0), rows.std(0, correction=0)]), rtol=1e-12)
+    assert found[3].tolist() == [54, 54]
