@@ -58,8 +58,19 @@ def low_rank_linear(
         dropped = min(dropped, _RANDOM_VALUES - 1)
         mask = _keep_mask(rows, dropped)
         scale = scale * _RANDOM_VALUES / (_RANDOM_VALUES - dropped)
+    if not torch.compiler.is_compiling() and any(map(_is_transformed, (rows, weight, down, up))):
+        # `torch.func` has no rule for a backward pass written by hand, and takes no operation in place here.
+        kept, matrix = rows if mask is None else rows * mask, weight.to(compute)
+        base = _affine(rows, matrix if transposed else matrix.t(), bias)
+        whole = base + scale * kept.mm(down.to(compute).t()).mm(up.to(compute))
+        return whole.view(*x.shape[:-1], whole.shape[-1])
     out: Tensor = _LowRankLinear.apply(rows, weight, bias, down, up, mask, scale, transposed, compute)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether `vmap`, or another transform of `torch.func`, is at work on it."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

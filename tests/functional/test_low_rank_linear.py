@@ -236,3 +236,18 @@ def test_compiles_into_one_graph_and_stays_compiled(kernel, dropout):
     torch.testing.assert_close(out, net(x))
     ours = torch.autograd.grad(out.square().sum(), (net.down, net.up, x))
     torch.testing.assert_close(ours, torch.autograd.grad(net(x).square().sum(), (net.down, net.up, x)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_several_adapters_at_once_with_vmap(dropout):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(7, 5, generator=generator), torch.randn(4, 5, generator=generator)
+    down, up = torch.randn(3, 2, 5, generator=generator), torch.randn(3, 2, 4, generator=generator)
+
+    def one(down, up):
+        torch.manual_seed(1)
+        return low_rank_linear(x, weight, None, down, up, 0.5, dropout=dropout)
+
+    together = torch.vmap(one, randomness="same")(down, up)
+    apart = torch.stack([one(*pair) for pair in zip(down, up, strict=True)])
+    torch.testing.assert_close(together, apart)
