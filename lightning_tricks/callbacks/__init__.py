@@ -23,6 +23,7 @@ from lightning_tricks.callbacks.gradient_clipping import GradientClipping
 from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_tricks.callbacks.learning_rate_schedule import LearningRateSchedule
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
+from lightning_tricks.callbacks.sequence_length_warmup import SequenceLengthWarmup
 from lightning_tricks.callbacks.spike_recovery import SpikeRecovery
 from lightning_tricks.callbacks.weight_averaging import WeightAveraging
 
@@ -56,6 +57,7 @@ __all__ = [
     "Predictions",
     "SWA",
     "Seconds",
+    "SequenceLengthWarmup",
     "SpikeRecovery",
     "Steps",
     "Suggestion",

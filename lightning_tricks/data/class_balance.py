@@ -2,13 +2,14 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from lightning_tricks.data._order import PlainOrder
 from lightning_tricks.data._plan import Plan, StepOrder, check_whole
 from lightning_tricks.data.length_buckets import LengthBucketSampler
+from lightning_tricks.engines import Trick
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional.batching import shuffled_indices
 
@@ -52,6 +53,8 @@ class ClassBalancedSampler:
     References:
         The square root of counts: Mikolov et al., NeurIPS 2013, subsample by it; Mahajan et al., ECCV 2018.
     """
+
+    trick: ClassVar[Trick] = Trick(jobs=("balance classes",))
 
     def __init__(
         self,

@@ -183,7 +183,7 @@ def _samplers(trainer: Trainer) -> Iterator[InUse]:
     if trainer.train_dataloader is None:
         return
     for loader in CombinedLoader(trainer.train_dataloader).flattened:
-        sampler = getattr(loader, "sampler", None)
+        sampler = getattr(loader, "sampler", getattr(loader, "order", None))  # TricksDataLoader has an order
         sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning's distributed wrapper
         if isinstance(declared := getattr(sampler, "trick", None), Trick):
             yield InUse(type(sampler).__name__, declared, sampler, ours=True)

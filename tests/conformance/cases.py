@@ -429,6 +429,12 @@ CASES = (
     Case("LengthBucketSampler", data_cases.length_bucket_sampler, data_cases.check_length_bucket_sampler),
     Case("ClassBalancedSampler", data_cases.class_balanced_sampler, data_cases.check_class_balanced_sampler),
     Case("FeatureNormalizer", data_cases.feature_normalizer, data_cases.check_feature_normalizer),
+    Case(
+        "SequenceLengthWarmup",
+        data_cases.sequence_length_warmup,
+        data_cases.check_sequence_length_warmup,
+        data_cases.observe_sequence_length_warmup,
+    ),
 )
 
 

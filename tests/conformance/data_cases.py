@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_tricks.callbacks import SequenceLengthWarmup
 from lightning_tricks.data import ClassBalancedSampler, FeatureNormalizer, LengthBucketSampler, TricksDataLoader
 from lightning_tricks.data._plan import Plan
 from lightning_tricks.engines import engine_of
@@ -140,3 +142,41 @@ def check_feature_normalizer(outcome: "Outcome") -> None:
     found = outcome["weights"]["normalizer.statistics"].view(torch.float64)
     assert torch.allclose(found[:2], torch.stack([rows.mean(0), rows.std(0, correction=0)]), rtol=1e-12)
     assert found[3].tolist() == [54, 54]
+
+
+# -- SequenceLengthWarmup ----------------------------------------------------------------------------------------------
+
+
+def as_dictionary(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    tokens, labels = collate(samples)
+    return {"input_ids": tokens, "attention_mask": (tokens != 0).long(), "labels": labels}
+
+
+def dictionary_loader(samples: int, world: int) -> TricksDataLoader:
+    data = Sequences(samples, seed=1)
+    return TricksDataLoader(data, batch_size=8 // world, shuffle=True, seed=0, collate_fn=as_dictionary)
+
+
+class Shortened(Classifier):
+    def training_step(self, batch: Any) -> Tensor:
+        return super().training_step((batch["input_ids"], batch["labels"]))
+
+
+def sequence_length_warmup() -> "Run":
+    from tests.conformance.cases import Run
+
+    warmup = SequenceLengthWarmup(3, 9, tokens=700, multiple=1)
+    return Run(Shortened(), (warmup,), loader=dictionary_loader)
+
+
+def observe_sequence_length_warmup(run: "Run", trainer: L.Trainer) -> dict[str, Any]:
+    (warmup,) = run.callbacks
+    return {"tokens_seen": warmup.tokens_seen}
+
+
+def check_sequence_length_warmup(outcome: "Outcome") -> None:
+    lengths = outcome["logged"]["sequence_length"]["values"].tolist()
+    assert (lengths[0], lengths[-1]) == (3, 9)
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 4
+    assert outcome["facts"]["tokens_seen"] >= 700

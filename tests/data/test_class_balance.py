@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_tricks.data import ClassBalancedSampler, LengthBucketSampler, TricksDataLoader
-from lightning_tricks.errors import DataError, MisconfigurationError
+from lightning_tricks.errors import DataError, DegradedWarning, MisconfigurationError
+from lightning_tricks.mixins import ClassWeightedLossMixin
+from tests.trainers import quiet_trainer
 
 LABELS = np.repeat([0, 1, 2], [70, 25, 5])
 
@@ -114,6 +117,25 @@ def test_resumed_in_mid_epoch_and_refused_with_other_labels():
         make(changed).load_state_dict(state)
     with pytest.raises(MisconfigurationError, match="with strategy=oversample, but now strategy=square_root"):
         make(strategy="square_root").load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_loss_that_balances_as_well_is_told(tmp_path):
+    class Both(ClassWeightedLossMixin, L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 3)
+            self.weigh_classes([70, 25, 5])
+
+        def training_step(self, batch):
+            return self.class_weighted_loss(self.layer(batch[:, None].float()), torch.zeros(len(batch)).long())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1e-4)
+
+    loader = TricksDataLoader(torch.arange(100), sampler=ClassBalancedSampler(LABELS))
+    with pytest.warns(DegradedWarning, match="ClassBalancedSampler"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(Both(), loader)
 
 
 def test_dropped_samples_are_not_drawn():

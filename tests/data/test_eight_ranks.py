@@ -1,0 +1,69 @@
+"""A full epoch of a tiny model on eight gloo ranks: every sample once, equally many steps, the same weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+RANKS = 8
+SAMPLES = 1003
+
+
+@pytest.mark.slow
+def test_an_epoch_is_a_permutation(tmp_path):
+    subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, timeout=200)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    for epoch in (0, 1):
+        seen = [one["epochs"][epoch] for one in found]
+        assert sorted(sample for rank in seen for batch in rank for sample in batch) == list(range(SAMPLES))
+        assert len({len(rank) for rank in seen}) == 1
+        for step in zip(*seen, strict=True):
+            assert max(map(len, step)) - min(map(len, step)) <= 1
+    assert found[0]["epochs"][0] != found[0]["epochs"][1]
+    assert len({one["weights"] for one in found}) == 1
+
+
+def work(rank, folder):
+    """One rank: the process group, the model under DDP, two epochs."""
+    import torch
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    from lightning_tricks.data import LengthBucketSampler, TricksDataLoader
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    lengths = np.random.default_rng(0).integers(1, 90, SAMPLES)
+    loader = TricksDataLoader(torch.arange(SAMPLES), sampler=LengthBucketSampler(lengths, max_tokens=300, window=5))
+    epochs = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        epochs.append([])
+        for batch in loader:
+            epochs[-1].append(batch.tolist())
+            optimizer.zero_grad()
+            model(batch[:, None] / SAMPLES).square().mean().backward()
+            optimizer.step()
+        assert len(epochs[-1]) == len(loader)
+    weights = repr([parameter.tolist() for parameter in model.parameters()])
+    Path(folder, f"{rank}.json").write_text(json.dumps({"epochs": epochs, "weights": weights}))
+    distributed.destroy_process_group()
+
+
+def main(folder):
+    """Fork: eight processes share one import of torch and Lightning."""
+    from torch import multiprocessing
+
+    import lightning_tricks.data  # noqa: F401
+
+    multiprocessing.start_processes(work, (folder,), RANKS, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
