@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lightning_tricks.errors import MisconfigurationError
+from lightning_tricks.functional.batching import share_out
 
 __all__ = ["Plan", "RankBatches", "Segment", "StepOrder", "check_whole", "continued"]
 
@@ -23,6 +24,8 @@ class Plan:
         starts: of each step, in the order of training.
         stops: of each step.
         rotate: whether the ranks take turns in having a step's first samples, which are the longest.
+        costs: padded lengths of all samples, where ranks' parts are to cost the same; None: hold equally many.
+        budget: what no part's samples times the longest exceed then.
 
     Example:
         >>> plan = Plan(np.array([4, 2, 0, 1, 3]), np.array([2, 0]), np.array([5, 2]))
@@ -36,6 +39,8 @@ class Plan:
     starts: np.ndarray
     stops: np.ndarray
     rotate: bool = False
+    costs: np.ndarray | None = None
+    budget: int = 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -43,8 +48,11 @@ class Plan:
     def part(self, step: int, rank: int, world: int) -> np.ndarray:
         """A rank's samples in a step: a contiguous part, as even as it goes."""
         start, stop = int(self.starts[step]), int(self.stops[step])
-        size, larger = divmod(stop - start, world)
         place = (rank + step) % world if self.rotate else rank
+        if self.costs is not None and world > 1:
+            starts = share_out(self.costs[self.order[start:stop]], world, self.budget)
+            return self.order[start + starts[place] : start + [*starts, stop - start][place + 1]]
+        size, larger = divmod(stop - start, world)
         first = start + place * size + min(place, larger)
         return self.order[first : first + size + (place < larger)]
 

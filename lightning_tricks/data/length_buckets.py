@@ -33,8 +33,9 @@ class LengthBucketSampler:
     """Maxi-batches: shuffle, sort by length inside windows, cut steps, shuffle the steps.
 
     Give it to `TricksDataLoader(dataset, sampler=...)`. A step takes neighbours in the sorted window for all ranks, so
-    that the ranks' batches cost the same; each rank has as many samples in it as the others, or one more. With
-    `max_tokens`, a batch's samples times its longest padded one stay within the budget.
+    that the ranks' batches cost about the same. With `batch_size` they hold equally many samples, or one more; with
+    `max_tokens` a batch's samples times its longest padded one stay within the budget, and ranks hold as many as make
+    that product as equal as it goes: a loss then needs its global count (`LossNormalizationMixin`).
 
     Every epoch takes every sample once, in the same number of steps: where a shuffle needs fewer, steps of many short
     samples are split; where it needs more, that epoch's windows are wider. The order is a pure function of (seed,
@@ -165,7 +166,8 @@ class LengthBucketSampler:
         sizes = split_steps(sizes, wanted, world)
         stops = np.cumsum(sizes)
         turn = shuffled_indices(wanted, (*key, wanted))
-        return Plan(order, (stops - sizes)[turn], stops[turn], rotate=True)
+        costs = self.costs if self.by_tokens else None
+        return Plan(order, (stops - sizes)[turn], stops[turn], rotate=True, costs=costs, budget=limit)
 
     def check(self, samples: int, collate_fn: Any) -> None:
         """Refuse a dataset of another size, or a collator that does not cut what must be cut.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["cut_steps", "deal_to_windows", "shuffled_indices", "split_steps"]
+__all__ = ["cut_steps", "deal_to_windows", "share_out", "shuffled_indices", "split_steps"]
 
 CHUNK = 1 << 20  # samples sorted at a time: bounds the memory
 LOCKSTEP = 64  # windows from which on they are cut side by side
@@ -77,8 +77,8 @@ def _sort_rows(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def cut_steps(lengths: np.ndarray, window: int, world: int, *, per_rank: int | None, budget: int | None) -> np.ndarray:
     """Sizes of steps, cut greedily from the front of each window of falling lengths.
 
-    A step takes the same number of samples for each of `world` ranks: `per_rank`, or as many as keep its longest
-    sample times their number within `budget`, at least one. The last step of a window takes what is left.
+    A step takes a batch for each of `world` ranks: `per_rank` samples, or as many as keep the batch's longest times
+    their number within `budget`, at least one. The last step of a window takes what is left.
 
     Args:
         lengths: falling within each window.
@@ -108,7 +108,8 @@ def _cut_one_by_one(lengths: np.ndarray, first: np.ndarray, end: np.ndarray, wor
     for at, stop in zip(first.tolist(), end.tolist(), strict=True):
         while at < stop:
             starts.append(at)
-            at += world * max(1, budget // int(lengths[at]))
+            for _ in range(world):
+                at += max(1, budget // int(lengths[at])) if at < stop else 0
     return np.asarray(starts, np.int64)
 
 
@@ -118,12 +119,53 @@ def _cut_in_lockstep(
     found = []
     while len(first):
         found.append(first)
-        share = per_rank or np.maximum(1, (budget or 0) // lengths[first].astype(np.int64))
-        first = first + world * share
+        if per_rank is not None:
+            first = first + world * per_rank
+        for _ in range(world if per_rank is None else 0):
+            longest = lengths[np.minimum(first, end - 1)].astype(np.int64)
+            first = np.minimum(first + np.maximum(1, (budget or 0) // longest), end)
         going_on = first < end
         first, end = first[going_on], end[going_on]
     starts = np.concatenate(found)
     starts.sort()
+    return starts
+
+
+def share_out(lengths: np.ndarray, world: int, budget: int) -> list[int]:
+    """Where each rank's part of a step starts, so that the dearest part costs the least: samples times the longest.
+
+    Args:
+        lengths: of the step's samples, falling; at least `world` of them.
+        world: ranks.
+        budget: what no part exceeds, but for a single sample that does; the step must allow for it.
+
+    Returns:
+        `world` starts, rising from 0.
+
+    Example:
+        >>> share_out(np.array([6, 3, 3, 2, 2, 2]), 2, 12)
+        [0, 2]
+    """
+    falling = lengths.tolist()
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_parts(falling, middle, world)) <= world else (middle + 1, high)
+    starts = _parts(falling, low, world)
+    while len(starts) < world:  # parts of equal cost are not always that many: halve those of most samples
+        sizes = np.diff([*starts, len(falling)])
+        most = int(np.argmax(sizes))
+        starts.insert(most + 1, starts[most] + int(sizes[most] + 1) // 2)
+    return starts
+
+
+def _parts(falling: list[int], budget: int, world: int) -> list[int]:
+    """The starts of parts within the budget, cut greedily; one more than `world` if they are too many."""
+    starts: list[int] = []
+    at = 0
+    while at < len(falling) and len(starts) <= world:
+        starts.append(at)
+        at += max(1, budget // falling[at])
     return starts
 
 

@@ -165,7 +165,7 @@ class Shortened(Classifier):
 def sequence_length_warmup() -> "Run":
     from tests.conformance.cases import Run
 
-    warmup = SequenceLengthWarmup(3, 9, tokens=700, multiple=1)
+    warmup = SequenceLengthWarmup(3, 9, tokens=500, multiple=1)
     return Run(Shortened(), (warmup,), loader=dictionary_loader)
 
 
@@ -179,4 +179,4 @@ def check_sequence_length_warmup(outcome: "Outcome") -> None:
     assert (lengths[0], lengths[-1]) == (3, 9)
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 4
-    assert outcome["facts"]["tokens_seen"] >= 700
+    assert outcome["facts"]["tokens_seen"] >= 500

@@ -20,8 +20,7 @@ def test_an_epoch_is_a_permutation(tmp_path):
         seen = [one["epochs"][epoch] for one in found]
         assert sorted(sample for rank in seen for batch in rank for sample in batch) == list(range(SAMPLES))
         assert len({len(rank) for rank in seen}) == 1
-        for step in zip(*seen, strict=True):
-            assert max(map(len, step)) - min(map(len, step)) <= 1
+        assert all(batch for rank in seen for batch in rank)
     assert found[0]["epochs"][0] != found[0]["epochs"][1]
     assert len({one["weights"] for one in found}) == 1
 
