@@ -73,7 +73,6 @@ class SpikeRecovery(TrickCallback):
         self.max_attempts = _at_least("max_attempts", max_attempts, 1)
         self.rollbacks = 0
         self._attempts: list[int] = []
-        self._steps = 0  # since the last state was kept
         self._since = 0  # good steps since the last rollback
         self._losses: list[float] = []
         self._loss: list[Tensor] = []
@@ -125,10 +124,8 @@ class SpikeRecovery(TrickCallback):
         self._since += 1
         if self._since >= self.window:
             self._attempts = []
-        self._steps += 1
-        if self._steps >= self.every_n_steps:
+        if trainer.global_step % self.every_n_steps == 0:  # not so many after the last: a resumed fit keeps the same
             self._kept = [*self._kept, self._state(trainer)][-2:]
-            self._steps = 0
 
     def _go_back(self, trainer: Trainer, loss: float) -> None:
         self._attempts.append(trainer.global_step)
@@ -143,7 +140,7 @@ class SpikeRecovery(TrickCallback):
         for config, state in zip(trainer.lr_scheduler_configs, good.schedules, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         self._losses, self._kept = list(good.losses), [good]
-        self._steps = self._since = 0
+        self._since = 0
         self.rollbacks += 1
         if self.engine.rank == 0:
             log.warning(
@@ -155,7 +152,7 @@ class SpikeRecovery(TrickCallback):
             )
 
     def _keep_this_alone(self, trainer: Trainer) -> None:
-        self._kept, self._steps, self._step = [self._state(trainer)], 0, trainer.global_step
+        self._kept, self._step = [self._state(trainer)], trainer.global_step
 
     def _state(self, trainer: Trainer) -> _Good:
         schedules = [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
