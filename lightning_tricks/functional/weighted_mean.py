@@ -36,7 +36,7 @@ def weighted_mean(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor
     for tensor, weight in zip(tensors, weights, strict=True):
         if total is None:
             dtype = tensor.dtype
-            total = tensor.to(_wide(dtype, len(weights)), copy=True).mul_(weight)
+            total = tensor.to(_wide(dtype, len(weights))) * weight
         else:
             total.add_(tensor, alpha=weight)
         del tensor  # before the next one is made
