@@ -17,7 +17,7 @@ __all__ = ["FeatureNormalizer"]
 
 Kind = Literal["standard", "robust", "minmax", "power"]
 KINDS = ("standard", "robust", "minmax", "power")
-BITS = 40  # of a mean and of a deviation that are kept, of 53
+BITS = 40  # of a deviation that are kept, of 53, and of a mean as seen from it
 POINTS = 999  # quantiles by which the power of a feature is found
 
 
@@ -156,17 +156,18 @@ class FeatureNormalizer(nn.Module):
         elif self.kind == "minmax":
             shift, scale = moments.least, moments.most - moments.least
         else:
-            shift, scale = _rounded(moments.mean), _rounded(moments.variance().sqrt())
+            deviation = moments.variance().sqrt()
+            shift, scale = _rounded(moments.mean, deviation), _rounded(deviation, deviation)
         alone = power_transform(moments.least, power) if self.kind == "power" else moments.least
         shift = torch.where(constant, alone, shift)
         scale = scale.where(~constant & (scale > 0), torch.ones_like(scale))
         return [shift, scale, power, moments.count]
 
 
-def _rounded(values: Tensor) -> Tensor:
-    """Without the last bits, which depend on how rows are divided into batches and ranks."""
-    mantissa, exponent = torch.frexp(values)
-    return torch.ldexp((mantissa * 2.0**BITS).round() / 2.0**BITS, exponent)
+def _rounded(values: Tensor, deviation: Tensor) -> Tensor:
+    """Without the last bits, which depend on how rows are divided into batches and ranks: as seen from the deviation."""
+    step = torch.ldexp(torch.ones_like(deviation), torch.frexp(deviation).exponent - BITS)
+    return torch.where(deviation > 0, (values / step).round() * step, values)
 
 
 class _Statistics:
