@@ -165,7 +165,7 @@ class FeatureNormalizer(nn.Module):
 
 
 def _rounded(values: Tensor, deviation: Tensor) -> Tensor:
-    """Without the last bits, which depend on how rows are divided into batches and ranks: as seen from the deviation."""
+    """Without the last bits as seen from the deviation, which depend on how rows are divided into batches and ranks."""
     step = torch.ldexp(torch.ones_like(deviation), torch.frexp(deviation).exponent - BITS)
     return torch.where(deviation > 0, (values / step).round() * step, values)
 
