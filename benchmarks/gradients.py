@@ -3,15 +3,21 @@
 Run it by `python benchmarks/gradients.py`: about four minutes. Each trick is measured in a fit of its own: the CPU time
 that its hooks take within real steps, logging included, over that of the step without them. Lightning's own clipping is
 measured likewise. The sketch of quantiles is measured by itself.
+
+Composer's clipping comes beside them with `--composer FOLDER`: what `pip download --no-deps mosaicml` and unpacking the
+wheel give. Composer does not install beside the torch of constraints.txt; its function for clipping needs torch alone.
 """
 
 import argparse
+import importlib.util
 import itertools
 import logging
 import pickle
 import statistics
+import sys
 import tempfile
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -47,6 +53,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", type=Path, default=_report.RESULTS / "gradients.json")
+    parser.add_argument("--composer", type=Path, help="an unpacked wheel of mosaicml")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -55,6 +62,10 @@ def main():
     lightning = fit([], options.steps, gradient_clip_val=1.0)
     measured = {"Lightning's gradient_clip_val": lightning}
     measured |= {name: fit(build(), options.steps) for name, (build, _, _) in TRICKS.items()}
+    if options.composer:
+        kinds = {"Composer's norm": ("norm", 1.0), "Composer's adaptive": ("adaptive", 0.01)}
+        function = composers(options.composer)
+        measured |= {name: fit([Composers(function, *kind)], options.steps) for name, kind in kinds.items()}
     _report.write(
         options.output,
         "CPU time of the hooks of gradient tricks over that of a MiniLM step, 32 texts of the reviews",
@@ -92,6 +103,33 @@ def fit(callbacks, steps, **trainer_options):
         )
         trainer.fit(model, datamodule=data)
     return {name: round(statistics.median(values[WARM_UP:]), 3) for name, values in probe.milliseconds().items()}
+
+
+def composers(folder):
+    """`apply_gradient_clipping` of Composer, whose other modules this one imports for its annotations alone."""
+    for name, members in {
+        "core": ("Algorithm", "Event", "State"),
+        "loggers": ("Logger",),
+        "models": ("ComposerModel",),
+    }.items():
+        stand_in = types.ModuleType(f"composer.{name}")
+        vars(stand_in).update({member: type(member, (), {}) for member in members})
+        sys.modules[stand_in.__name__] = stand_in
+    path = folder / "composer/algorithms/gradient_clipping/gradient_clipping.py"
+    spec = importlib.util.spec_from_file_location("composers_clipping", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.apply_gradient_clipping
+
+
+class Composers(L.Callback):
+    """Composer's clipping where ours is."""
+
+    def __init__(self, function, kind, threshold):
+        self.clip = lambda module: function(module, kind, threshold, fsdp_enabled=False)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.clip(pl_module)
 
 
 def hooks(callback):
