@@ -13,8 +13,8 @@ UPGRADED := $(UPGRADE)/bin/python -c "from importlib.metadata import version as 
   print('tested against', *(f'{n} {v(n)}' for n in ('lightning', 'deepspeed', 'torch')))"
 BENCHMARKS := equivalence memory step_time seam averaging demo adapters ensembles data gradients
 
-# A process of tests for each core; those of a file stay together.
-PARALLEL := -n logical --dist loadgroup
+# A process of tests for each core; those of a file stay together, for they share groups of processes.
+PARALLEL := -n logical --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu upgrade lint format matrix catalogue bench clean

@@ -9,15 +9,9 @@ from tests.conformance.engines import ENGINES, PRECISIONS
 from tests.conformance.matrix import Matrix, outcome
 from tests.conformance.render import PAGE, STALE, cells, remember, render
 
-
-def together(engine):
-    """One process runs all tests of an engine, however many processes share the tests."""
-    return pytest.mark.xdist_group(f"matrix {engine}")
-
-
 # An engine's cells come one after the other, the reference's first: one group of processes runs at a time.
 CELLS = [
-    pytest.param(case, engine, precision, id=f"{case.name}-{engine}-{precision}", marks=together(engine))
+    pytest.param(case, engine, precision, id=f"{case.name}-{engine}-{precision}")
     for engine in ENGINES
     for precision in PRECISIONS
     for case in CASES
@@ -51,7 +45,7 @@ def test_cell(matrix, case, engine, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [pytest.param(engine, marks=together(engine)) for engine in ENGINES])
+@pytest.mark.parametrize("engine", list(ENGINES))
 def test_the_page_shows_what_the_cells_showed(matrix, engine):
     shown = cells(PAGE.read_text())
     ran = {cell: result for cell, result in matrix.results.items() if cell[1] == engine and result != "failed"}
