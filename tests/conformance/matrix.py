@@ -58,8 +58,9 @@ class Matrix:
             group.close()
 
     def _group(self, engine: str) -> Group:
-        for name in [name for name in self._groups if name not in (engine, REFERENCE)]:
-            self._groups.pop(name).close()
+        if engine != REFERENCE:  # which is asked for between the cells of another engine
+            for name in [name for name in self._groups if name not in (engine, REFERENCE)]:
+                self._groups.pop(name).close()
         if engine not in self._groups:
             world, nodes = ENGINES[engine][1], NODES.get(engine, 1)
             self._groups[engine] = Group(world, self.folder / engine, "tests.conformance.fits:warm_up", nodes)
