@@ -13,8 +13,8 @@ UPGRADED := $(UPGRADE)/bin/python -c "from importlib.metadata import version as 
   print('tested against', *(f'{n} {v(n)}' for n in ('lightning', 'deepspeed', 'torch')))"
 BENCHMARKS := equivalence memory step_time seam averaging demo adapters ensembles data gradients
 
-# A process of tests for each core; those of a file stay together, for they share groups of processes.
-PARALLEL := -n logical --dist loadfile
+# Quick tests take every core, file by file. The slow ones start processes that wait for each other, and share no core well.
+QUICK := -n logical --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu upgrade lint format matrix catalogue bench clean
@@ -26,10 +26,11 @@ demo: $(VENV)/.demo  ## Fine-tune a real transformer with the tricks; ends with 
 	$(BIN)/lightning-tricks demo
 
 test: $(VENV)/.dev  ## Every test that runs without a GPU.
-	$(BIN)/python -m pytest -m "not gpu" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(QUICK)
+	$(BIN)/python -m pytest -m "not gpu and slow"
 
 test-fast: $(VENV)/.dev  ## The quick part of the tests.
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(QUICK)
 
 test-gpu: $(VENV)/.dev  ## The tests that need a CUDA device; without one they are reported as not run.
 	$(BIN)/python -m pytest -m gpu
@@ -41,7 +42,7 @@ upgrade:  ## The engines' tests against the newest lightning and deepspeed of th
 	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt -e ".[all,dev]"
 	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt --no-deps $(DEMO_FILES)
 	@$(UPGRADED) | sed 's/^tested/to be tested/'
-	$(UPGRADE)/bin/python -m pytest -m "not gpu" $(PARALLEL) $(UPGRADE_TESTS)
+	$(UPGRADE)/bin/python -m pytest -m "not gpu" $(UPGRADE_TESTS)
 	@$(UPGRADED)
 
 lint: $(VENV)/.dev  ## Style, types and import contracts.

@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance.render", description=__doc__)
     parser.add_argument("--from-last-run", action="store_true", help="do not run the cells again")
     if not parser.parse_args().from_last_run:
-        tests = "tests/conformance/test_matrix.py -k test_cell -q -n logical --dist loadfile"
+        tests = "tests/conformance/test_matrix.py -k test_cell -q"
         subprocess.run([sys.executable, "-m", "pytest", *tests.split()], cwd=ROOT, check=False)
     results = remembered()
     wanted = [(case.name, engine, precision) for case in CASES for engine in ENGINES for precision in PRECISIONS]
