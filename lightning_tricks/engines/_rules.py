@@ -58,6 +58,12 @@ def _averages(callback: str, *engines: str) -> Callable[[Situation, InUse], Answ
     return found
 
 
+def _beside_masters(situation: Situation, used: InUse) -> Answer:
+    trainer = situation.trainer
+    one_memory = trainer.precision == "32-true" and not trainer.strategy.handles_gradient_accumulation  # our own flags
+    return None if one_memory else _averages("WeightAveraging", "zero_1", "zero_2")(situation, used)
+
+
 RULES = (
     Rule(
         who="clip gradients",
@@ -145,7 +151,7 @@ RULES = (
     ),
     Rule(
         who="average weights",
-        when=_averages("WeightAveraging", "zero_1", "zero_2"),
+        when=_beside_masters,
         verdict="degraded",
         words="{trick} leaves its average in the module, and DeepSpeed's fp32 masters keep the weights without it",
         remedy="use `strategy='ddp'`",

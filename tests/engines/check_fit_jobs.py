@@ -8,19 +8,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 
 import lightning_tricks
+from lightning_tricks import callbacks
 from lightning_tricks.callbacks import GradientClipping
-from lightning_tricks.engines import Trick, engine_of
+from lightning_tricks.engines import engine_of
 from lightning_tricks.errors import DegradedWarning, TricksError
 from tests.engines.checks import Net, Run
 from tests.engines.option_jobs import prepare
 
 __all__ = ["prepare"]
-
-
-class Averaging(GradientClipping):
-    """Stands for a callback that averages shards."""
-
-    trick = Trick(jobs=("average weights",), needs=("named_shards", "put_shards"))
 
 
 def refused(engine: str, folder: str, case: str) -> str:
@@ -44,7 +39,7 @@ CASES = {
     "WeightAveraging": ([WeightAveraging], {}, {}),
     "StochasticWeightAveraging": ([lambda: StochasticWeightAveraging(1e-2)], {}, {}),
     "GradientAccumulationScheduler": ([lambda: GradientAccumulationScheduler({1: 2})], {}, {}),
-    "averaging on NVMe": ([Averaging], {}, NVME),
+    "averaging on NVMe": ([callbacks.WeightAveraging], {}, NVME),
 }
 
 
@@ -59,7 +54,7 @@ class Watch(Callback):
 def averaged_beside_the_masters(engine: str, folder: str) -> bool:
     """What the check says of Lightning's WeightAveraging under ZeRO-1 and 2 is what happens. Warned on this rank?"""
     watch = Watch()
-    trainer = Run(engine, Path(folder)).trainer(WeightAveraging(), watch, max_epochs=2)
+    trainer = Run(engine, Path(folder)).trainer(WeightAveraging(), watch, max_epochs=2, precision="bf16-mixed")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(Net(batches=2))
