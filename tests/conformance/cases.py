@@ -428,7 +428,12 @@ CASES = (
     Case("ClassWeightedLossMixin", class_weighted_loss, check_class_weighted_loss),
     Case("LossNormalizationMixin", normalization.loss_normalization, normalization.check_loss_normalization),
     Case("LengthBucketSampler", data_cases.length_bucket_sampler, data_cases.check_length_bucket_sampler),
-    Case("ClassBalancedSampler", data_cases.class_balanced_sampler, data_cases.check_class_balanced_sampler),
+    Case(
+        "ClassBalancedSampler",
+        data_cases.class_balanced_sampler,
+        data_cases.check_class_balanced_sampler,
+        tolerance={"32-true": 2e-5, "bf16-mixed": 3e-1},  # a bias that hardly moves: Adam makes full steps of rounding
+    ),
     Case("FeatureNormalizer", data_cases.feature_normalizer, data_cases.check_feature_normalizer),
     Case(
         "SequenceLengthWarmup",
