@@ -42,7 +42,7 @@ WARM_UP = 3
 TRICKS = {
     "monitor and fixed norm": (lambda: [GradientNormMonitor(), GradientClipping(FixedNorm(1.0))], 0.02, True),
     "fixed norm": (lambda: [GradientClipping(FixedNorm(1.0))], 0.02, True),
-    "percentile": (lambda: [GradientClipping(Percentile(90, warmup=2, warmup_limit=1.0))], 0.03, True),
+    "percentile": (lambda: [GradientClipping(Percentile(50, warmup=2, warmup_limit=1.0))], 0.03, True),
     "z-score": (lambda: [GradientClipping(ZScore(2.5, warmup=2, warmup_limit=1.0))], 0.03, True),
     "unit-wise adaptive": (lambda: [GradientClipping(UnitwiseAdaptive(0.01))], None, False),
     "guard": (lambda: [NonFiniteGuard()], 0.005, False),
