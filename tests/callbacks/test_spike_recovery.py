@@ -63,7 +63,7 @@ def test_a_loss_scale_that_grows_is_no_spike(trainer):
     """Lightning hands over the scaled loss, which doubles with the scale."""
     recovery = SpikeRecovery(**OPTIONS)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12, growth_interval=9, growth_factor=64.0)
-    run = fit(trainer, Spiking(batches=22), recovery, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    fit(trainer, Spiking(batches=22), recovery, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert scaler.get_scale() > 2**-12
     assert recovery.rollbacks == 0
 
