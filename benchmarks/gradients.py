@@ -116,9 +116,7 @@ def measure(name, options):
     if name in MIXINS:
         return fit([], options.steps, *MIXINS[name], accumulate_grad_batches=2)
     if name in COMPOSERS:
-        return (
-            fit([Composers(composers(options.composer), *COMPOSERS[name])], options.steps) if options.composer else None
-        )
+        return fit([Composers(composers(options.composer), *COMPOSERS[name])], options.steps)
     return fit([], options.steps, gradient_clip_val=1.0)
 
 
