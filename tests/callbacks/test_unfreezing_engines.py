@@ -26,7 +26,7 @@ def job(tmp_path_factory):
     group.close()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "fsdp1"])
 def test_as_in_plain_torch(job, engine):
     job("as_in_plain_torch", engine)
 
@@ -54,12 +54,6 @@ def test_by_steps(job, engine):
 @pytest.mark.parametrize("engine", STAGES)
 def test_a_part_of_a_group_is_refused(job, engine):
     job("part_of_a_group", engine)
-
-
-@pytest.mark.parametrize("engine", ["fsdp1"])
-def test_fsdp1(job, engine):
-    job("as_in_plain_torch", engine)
-    job("interrupted", engine)
 
 
 def test_a_file_with_half_a_state_is_refused(job):
