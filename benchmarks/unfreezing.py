@@ -1,8 +1,8 @@
 """What LayerwiseUnfreezing costs and spares, beside a step of the reviews recipe: MiniLM on one device and one thread.
 
 Run it by `python benchmarks/unfreezing.py`: about two minutes. The CPU time that its hooks take within real steps, with
-all but the top layer frozen, is compared with that of the step without them, and that step with one of a fit that trains
-all layers. Both fits are repeated in turn.
+all but the top layer frozen, is compared with that of the step without them, and that step with one of a fit that
+trains all layers. Both fits are repeated in turn.
 """
 
 import argparse
