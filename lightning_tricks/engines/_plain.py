@@ -67,6 +67,14 @@ class PlainEngine(BaseEngine):
         self._refuse_scaled_gradients(optimizer)
         multiply(gradients_of(optimizer), factor)
 
+    def _leave_out(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        for parameter in _trained_by(optimizer, parameters):
+            parameter.grad = None
+
+    def awaits_gradients(self) -> bool:
+        """Not on one device."""
+        return self.name != "one_device"
+
     def _veto(self, optimizer: Optimizer) -> None:
         """Without a gradient, an optimizer leaves a parameter, its moments and its step count alone."""
         for group in optimizer.param_groups:
