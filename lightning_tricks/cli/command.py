@@ -22,6 +22,7 @@ COMMANDS = {
     "soup": ("soup", "soup", "Of some checkpoints, those that help: `A B C --monitor METRIC --config CONFIG`."),
     "cross-validate": ("cross_validation", "cross_validate", "Fit once for each fold; `--folds 5`, resumable."),
     "data-report": ("data_report", "data_report", "How much of the training batches is padding, on how many ranks."),
+    "augment": ("augmentation", "augment", "More training texts, made by language models: `--config CONFIG`."),
     "adapters": ("adapters", "adapters", "Adapters as folders of peft's format: list, merge, export, import."),
     "consolidate": ("consolidate", "consolidate_checkpoint", "Any checkpoint as one safetensors file: `CKPT OUT`."),
     "inspect": ("inspection", "inspect", "What a checkpoint holds, without running anything in it."),
