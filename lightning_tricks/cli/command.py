@@ -16,7 +16,7 @@ COMMANDS = {
     "validate": ("training", "validate", "Evaluate on the validation split."),
     "test": ("training", "test", "Evaluate on the test split."),
     "predict": ("prediction", "predict", "Labels and probabilities: `--checkpoint PATH --text '...'`."),
-    "demo": ("demo", "demo", "Fine-tune a real transformer four ways; a table and a plot."),
+    "demo": ("demo", "demo", "Fine-tune a real transformer five ways; a table and a plot."),
     "check": ("checking", "check_fit", "What a `fit` with these options does exactly, otherwise, or not at all."),
     "average": ("averaging", "average", "The mean of checkpoints of any engine: `A B C --out FILE`."),
     "soup": ("soup", "soup", "Of some checkpoints, those that help: `A B C --monitor METRIC --config CONFIG`."),
