@@ -127,8 +127,8 @@ def _batches(
             raise MisconfigurationError(
                 f"Every text has more than the {method.longest} tokens that `{method.models[0]}` takes."
             )
-        rows = deal_to_windows(rows, lengths, len(rows))
-        sizes = cut_steps(lengths[rows], len(rows), 1, per_rank=None, budget=max_tokens)
+        rows, falling = deal_to_windows(rows, lengths, len(rows))
+        sizes = cut_steps(falling, len(rows), 1, per_rank=None, budget=max_tokens)
         parts = np.split(rows, np.cumsum(sizes)[:-1])
         found += [_Batch(way, copy, number, part) for copy in range(copies) for number, part in enumerate(parts)]
     return found, too_long

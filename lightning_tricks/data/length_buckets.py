@@ -228,7 +228,7 @@ class LengthBucketSampler:
             )
         turn = shuffled_indices(len(samples), key)
         order = turn if len(samples) == self.samples and self._draw is None else samples[turn]
-        order = deal_to_windows(order, self.costs, width)
+        order, costs = deal_to_windows(order, self.costs, width)
         per_rank, budget = (None, limit) if self.by_tokens else (limit, None)
-        sizes = cut_steps(self.costs[order], width, world, per_rank=per_rank, budget=budget)
+        sizes = cut_steps(costs, width, world, per_rank=per_rank, budget=budget)
         return gather_tails(order, sizes, self.costs, world, per_rank=per_rank, budget=budget)
