@@ -26,6 +26,7 @@ from lightning_tricks.data import (
     TricksDataLoader,
     report,
 )
+from lightning_tricks.data._plan import RankBatches
 from lightning_tricks.functional.packing import pack_best_fit
 from lightning_tricks.recipes import TextClassificationData, TextClassifier
 
@@ -48,7 +49,7 @@ def main():
         "ordering": lambda: ordering(size),
         "packing": lambda: packing(size // 10, size),
         "balancing": lambda: balancing(size),
-        "normalizing": lambda: normalizing(size // 10),
+        "normalizing": lambda: normalizing(size),
         "loader": overhead,
         "training": lambda: training(options.texts),
     }
@@ -222,16 +223,15 @@ def one_at_a_time(lengths, capacity):
 
 
 def balancing(count):
-    """An epoch's draw, against WeightedRandomSampler."""
+    """An epoch's batches of indices, as a loader takes them, against WeightedRandomSampler's."""
     labels = np.random.default_rng(0).choice(3, count, p=[0.7, 0.25, 0.05]).astype(np.uint8)
     weights = torch.from_numpy((1 / np.bincount(labels))[labels])
     sampler = ClassBalancedSampler(labels, strategy=[1, 1, 1], batch_size=BATCH)
     other = WeightedRandomSampler(weights, count)
 
     def own():
-        plan = sampler.plan(1, BATCH)
-        for step_ in range(len(plan)):
-            plan.part(step_, 0, 1).tolist()
+        for _ in RankBatches(sampler, ((1, BATCH, 0),), 0):
+            pass
 
     def theirs():
         batch = []

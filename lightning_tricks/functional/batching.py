@@ -202,23 +202,31 @@ def _parts(falling: list[int], budget: int, world: int) -> list[int]:
     return starts
 
 
-def split_steps(sizes: np.ndarray, count: int, world: int) -> np.ndarray:
-    """Split the steps of most samples until there are `count`, none with fewer samples than ranks.
+def split_steps(sizes: np.ndarray, count: int, world: int, gains: np.ndarray) -> np.ndarray:
+    """Split steps until there are `count`, none with fewer samples than ranks.
+
+    First those that gain by it, each once, the most first; then those of most samples, as often as it takes.
 
     Args:
         sizes: samples of each step, each at least `world`.
         count: the steps wanted, from `len(sizes)` to the sum of `sizes // world`.
         world: ranks.
+        gains: of each step, what halving it saves.
 
     Returns:
         The sizes; the parts of a step lie where it lay.
 
     Example:
-        >>> split_steps(np.array([4, 9]), 3, 2).tolist()
+        >>> split_steps(np.array([4, 9]), 3, 2, np.zeros(2)).tolist()
         [4, 5, 4]
+        >>> split_steps(np.array([4, 9]), 3, 2, np.array([5, 0])).tolist()
+        [2, 2, 9]
     """
     units = sizes // world
+    gains = np.where(units > 1, gains, 0)
     parts = np.ones_like(sizes)
+    best = np.argsort(-gains, kind="stable")[: count - len(sizes)]
+    parts[best[gains[best] > 0]] += 1
     while (missing := count - int(parts.sum())) > 0:
         share = np.where(parts < units, units / parts, 0.0)
         most = np.argsort(-share, kind="stable")[:missing]
