@@ -11,7 +11,7 @@ from lightning_tricks.data._order import does_not_fit
 from lightning_tricks.data._plan import Plan, check_whole
 from lightning_tricks.data._tails import gather_tails
 from lightning_tricks.errors import DataError, MisconfigurationError
-from lightning_tricks.functional.batching import cut_steps, deal_to_windows, shuffled_indices, split_steps
+from lightning_tricks.functional.batching import cut_steps, shuffle_to_windows, shuffled_indices, split_steps
 
 __all__ = ["Draw", "LengthBucketSampler"]
 
@@ -164,7 +164,8 @@ class LengthBucketSampler:
             if width >= len(found):
                 raise MisconfigurationError(does_not_fit(len(found), wanted, world))
             width *= 2  # fewer partial steps, at the ends of windows
-        sizes = split_steps(sizes, wanted, world, self._saved_by_halving(order, sizes))
+        if len(sizes) < wanted:
+            sizes = split_steps(sizes, wanted, world, self._saved_by_halving(order, sizes))
         stops = np.cumsum(sizes)
         turn = shuffled_indices(wanted, (*key, wanted))
         costs = self.costs if self.by_tokens else None
@@ -208,10 +209,10 @@ class LengthBucketSampler:
         other.__dict__.update(self.__dict__, _draw=draw, _known_steps={})
         return other
 
-    def _samples(self, epoch: int) -> np.ndarray:
+    def _samples(self, epoch: int) -> np.ndarray | range:
         if self._draw is not None:
             return self._draw.draw(epoch)
-        return np.arange(self.samples, dtype=np.uint32) if self.kept is None else self.kept
+        return range(self.samples) if self.kept is None else self.kept
 
     def _samples_per_rank(self, limit: int) -> int:
         return max(1, round(limit / self._mean)) if self.by_tokens else limit
@@ -228,7 +229,7 @@ class LengthBucketSampler:
         return np.asarray((self.costs[order[starts]].astype(np.int64) - self.costs[order[starts + half]]) * half)
 
     def _cut(
-        self, samples: np.ndarray, key: tuple[int, ...], width: int, world: int, limit: int
+        self, samples: np.ndarray | range, key: tuple[int, ...], width: int, world: int, limit: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The order, and the sizes of the steps in it, each of at least `world` samples."""
         if len(samples) < world:
@@ -236,9 +237,8 @@ class LengthBucketSampler:
                 f"{len(samples)} sample(s) cannot give each of {world} devices a batch. Use at most {len(samples)}"
                 " devices, or more samples."
             )
-        turn = shuffled_indices(len(samples), key)
-        order = turn if len(samples) == self.samples and self._draw is None else samples[turn]
-        order, costs = deal_to_windows(order, self.costs, width)
+        costs = self.costs if isinstance(samples, range) else self.costs[samples]
+        order, costs = shuffle_to_windows(samples, costs, key, width)
         per_rank, budget = (None, limit) if self.by_tokens else (limit, None)
         sizes = cut_steps(costs, width, world, per_rank=per_rank, budget=budget)
         return gather_tails(order, sizes, self.costs, world, per_rank=per_rank, budget=budget)

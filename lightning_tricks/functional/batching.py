@@ -4,8 +4,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["cut_steps", "deal_to_windows", "share_out", "shuffled", "shuffled_indices", "split_steps"]
+__all__ = [
+    "cut_steps",
+    "deal_to_windows",
+    "share_out",
+    "shuffle_to_windows",
+    "shuffled",
+    "shuffled_indices",
+    "split_steps",
+]
 
+Values = Callable[[int, int], np.ndarray]  # those of a range of places, as uint64
+
+RANDOM = 30  # bits, at least, that a shuffle goes by; among ten million values one neighbour in 200 shares all of them
 PART = 1 << 16  # samples treated at a time: what stays in a core's cache, and bounds the memory
 LOCKSTEP = 64  # windows from which on they are cut side by side
 
@@ -45,19 +56,24 @@ def shuffled(values: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     return _shuffled(len(values), largest, seed, lambda start, stop: values[start:stop].astype(np.uint64))
 
 
-def _shuffled(count: int, largest: int, seed: Sequence[int], values: Callable[[int, int], np.ndarray]) -> np.ndarray:
+def _shuffled(count: int, largest: int, seed: Sequence[int], values: Values) -> np.ndarray:
+    bits = largest.bit_length()
+    words = _sorted_words(count, bits, seed, values)
+    found: np.ndarray = words.astype(np.uint32)
+    found &= np.uint32((1 << bits) - 1)
+    return found
+
+
+def _sorted_words(count: int, bits: int, seed: Sequence[int], values: Values) -> np.ndarray:
     # PCG64's raw words are the same everywhere; numpy's own `permutation` may change. Words are sorted with the value
     # in their low bits, four times faster than a shuffle, and with no look-up all over the memory.
-    bits = largest.bit_length()
     words = np.random.PCG64(np.random.SeedSequence(list(seed))).random_raw(count)
     for start in range(0, count, PART):
         part = words[start : start + PART]
         part &= np.uint64((1 << 64) - (1 << bits))
         part |= values(start, start + len(part))
     words.sort()
-    found: np.ndarray = words.astype(np.uint32)
-    found &= np.uint32((1 << bits) - 1)
-    return found
+    return words
 
 
 def deal_to_windows(order: np.ndarray, lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,19 +92,87 @@ def deal_to_windows(order: np.ndarray, lengths: np.ndarray, window: int) -> tupl
         >>> order.tolist(), lengths.tolist()
         ([1, 0, 3, 2], [5, 1, 9, 2])
     """
+    longest, lengths = _narrow(lengths)
+
+    def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return order[start:stop], lengths.take(order[start:stop])
+
+    return _dealt(np.empty_like(order), np.empty(len(order), lengths.dtype), window, longest, part)
+
+
+def shuffle_to_windows(
+    values: np.ndarray | range, lengths: np.ndarray, seed: Sequence[int], window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffle values by `seed` alone, and sort them within each `window`, the longest first; ties are shuffled.
+
+    Args:
+        values: whole numbers from 0 to 2^32; a range of all places takes no memory.
+        lengths: of each of `values`, from 0 to 2^31.
+        seed: whole numbers of at least 0.
+        window: values to a window, at least 1.
+
+    Returns:
+        uint32 values, and their lengths, in as few bytes as they need.
+
+    Example:
+        >>> found, lengths = shuffle_to_windows(np.array([10, 11, 12, 13, 14]), np.array([1, 2, 3, 4, 5]), (0, 1), 3)
+        >>> found.tolist(), lengths.tolist()
+        ([14, 12, 11, 13, 10], [5, 3, 2, 4, 1])
+    """
+    longest, lengths = _narrow(lengths)
+    low = max(1, values[-1] if isinstance(values, range) else int(values.max(initial=0))).bit_length()
+    high = max(1, longest).bit_length()
+    if low + high > 64 - RANDOM:  # too few bits are left to shuffle by
+        turn = shuffled_indices(len(values), seed)
+        order, falling = deal_to_windows(turn, lengths, window)
+        return _taken(values, order), falling
+
+    def carried(start: int, stop: int) -> np.ndarray:
+        found = lengths[start:stop].astype(np.uint64) << np.uint64(low)
+        found |= _taken(values, slice(start, stop)).astype(np.uint64)
+        return found
+
+    words = _sorted_words(len(values), low + high, seed, carried)
+
+    def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        found = words[start:stop]
+        order = found.astype(np.uint32) & np.uint32((1 << low) - 1)
+        return order, ((found >> np.uint64(low)) & np.uint64((1 << high) - 1)).astype(lengths.dtype)
+
+    return _dealt(np.empty(len(values), np.uint32), np.empty(len(values), lengths.dtype), window, longest, part)
+
+
+def _taken(values: np.ndarray | range, places: np.ndarray | slice) -> np.ndarray:
+    if not isinstance(values, range):
+        return values[places].astype(np.uint32, copy=False)
+    if isinstance(places, slice):
+        places = np.arange(places.start, places.stop, dtype=np.uint32)
+    return places * np.uint32(values.step) + np.uint32(values.start)
+
+
+def _narrow(lengths: np.ndarray) -> tuple[int, np.ndarray]:
+    """The longest, and all in two bytes each if that will do: half of what is fetched from all over the memory."""
     longest = int(lengths.max(initial=0))
-    if longest < 1 << 16:
-        lengths = lengths.astype(np.uint16, copy=False)  # half of what is fetched from all over the memory
-    window = max(1, min(window, len(order)))
-    sorted_order, sorted_lengths = np.empty_like(order), np.empty(len(order), lengths.dtype)
+    return longest, lengths.astype(np.uint16, copy=False) if longest < 1 << 16 else lengths
+
+
+def _dealt(
+    order: np.ndarray,
+    falling: np.ndarray,
+    window: int,
+    longest: int,
+    part: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fill `order` and `falling` with what `part` gives for a range, sorted within windows."""
+    count = len(order)
+    window = max(1, min(window, count))
     step = max(1, PART // window) * window
-    whole = len(order) // window * window
-    for start, stop in [*((at, min(at + step, whole)) for at in range(0, whole, step)), (whole, len(order))]:
-        part = order[start:stop]
-        found = lengths.take(part)
-        places = _sort_rows(found.reshape(-1, min(window, max(1, stop - start))), longest, sorted_lengths[start:stop])
-        part.take(places, out=sorted_order[start:stop], mode="clip")
-    return sorted_order, sorted_lengths
+    whole = count // window * window
+    for start, stop in [*((at, min(at + step, whole)) for at in range(0, whole, step)), (whole, count)]:
+        values, lengths = part(start, stop)
+        places = _sort_rows(lengths.reshape(-1, min(window, max(1, stop - start))), longest, falling[start:stop])
+        values.take(places, out=order[start:stop], mode="clip")
+    return order, falling
 
 
 def _sort_rows(rows: np.ndarray, longest: int, falling: np.ndarray) -> np.ndarray:
@@ -222,6 +306,8 @@ def split_steps(sizes: np.ndarray, count: int, world: int, gains: np.ndarray) ->
         >>> split_steps(np.array([4, 9]), 3, 2, np.array([5, 0])).tolist()
         [2, 2, 9]
     """
+    if count == len(sizes):
+        return sizes
     units = sizes // world
     gains = np.where(units > 1, gains, 0)
     parts = np.ones_like(sizes)

@@ -1,11 +1,18 @@
 """Shuffling, sorting in windows and splitting, against plain Python."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_tricks.functional import batching
-from lightning_tricks.functional.batching import deal_to_windows, shuffled, shuffled_indices, split_steps
+from lightning_tricks.functional.batching import (
+    deal_to_windows,
+    shuffle_to_windows,
+    shuffled,
+    shuffled_indices,
+    split_steps,
+)
 
 LENGTHS = st.lists(st.integers(0, 9) | st.integers(0, 2**31 - 1), min_size=1, max_size=150)
 
@@ -38,6 +45,25 @@ def test_values_are_shuffled_as_their_places_are(values, seed):
     values = np.array(values, np.uint32)
     found = shuffled(values, (seed, 1))
     assert found.tolist() == values[shuffled_indices(len(values), (seed, 1))].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 200), st.sampled_from([1, 7, 1 << 16]), st.booleans(), st.booleans())
+def test_shuffled_windows_are_those_of_a_shuffle(lengths, window, together, plain, looked_up):
+    """Whether lengths travel with the values, or are looked up."""
+    lengths = np.array(lengths, np.int32)
+    values = range(len(lengths)) if plain else np.arange(len(lengths), dtype=np.uint32)[::-1] * 3
+    turn = shuffled_indices(len(lengths), (5, 2))
+    order, expected = deal_to_windows(turn, lengths, window)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "PART", together)
+        patch.setattr(batching, "RANDOM", 64 if looked_up else 0)
+        found, falling = shuffle_to_windows(values, lengths, (5, 2), window)
+    assert found.dtype == np.uint32
+    assert sorted(found.tolist()) == sorted(values)
+    if looked_up or int(lengths.max()) < 1 << 16:  # else so few bits are left to shuffle by that values share them
+        assert falling.tolist() == expected.tolist()
+        assert found.tolist() == np.asarray(values)[order].tolist()
 
 
 def test_a_shuffle_takes_more_than_a_part():
