@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lightning_tricks.data import BackTranslation, MaskedReplacement, Paraphrase, _hub_models
 from lightning_tricks.data._masked_words import Vocabulary
@@ -77,6 +77,26 @@ def test_only_whole_words_are_put_in(mark):
     assert vocabulary.words == {3: "film", 4: "Film"}
     assert vocabulary.same_as("FILM") == [3, 4]
     assert (~vocabulary.barred).nonzero().ravel().tolist() == [3, 4]
+
+
+def test_with_a_vocabulary_of_30522_word_pieces(tmp_path):
+    """MiniLM's own tokenizer, lower-case, on a model with BERT's head."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=30522, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (tmp_path / name).write_bytes((minilm_folder() / name).read_bytes())
+    method = loaded(MaskedReplacement(str(tmp_path), share=0.5))
+    source = "An extraordinarily well-acted film\u2014Kidman's best, at 107 minutes."
+    made = method.make([source] * 3, seed=0)
+    pieces = r"(\W+|[\w'-]+)"
+    before = [piece for piece in re.split(pieces, source) if piece]
+    for text in made:
+        after = [piece for piece in re.split(pieces, text) if piece]
+        changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+        assert len(changed) == 4  # of 8 words, a number not among them
+        assert all(b.isalpha() and b[0].isupper() == a[0].isupper() for a, b in changed)
+    assert len(set(made)) == 3
 
 
 def test_padding_does_not_change_what_is_made(folders):
