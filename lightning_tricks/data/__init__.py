@@ -1,4 +1,4 @@
-"""Loaders that resume exactly and read the user's files."""
+"""Loaders that resume exactly and read the user's files, also those larger than memory."""
 
 from lightning_tricks.data.bucketing import bucketed
 from lightning_tricks.data.class_balance import ClassBalancedSampler
@@ -9,16 +9,24 @@ from lightning_tricks.data.lengths import measure_lengths
 from lightning_tricks.data.loader import TricksDataLoader
 from lightning_tricks.data.normalizing import FeatureNormalizer
 from lightning_tricks.data.packing import PackedDataset, SequencePacker
+from lightning_tricks.data.parquet import ParquetSource
 from lightning_tricks.data.reporting import DataReport, report
+from lightning_tricks.data.sources import Block, IterableSource, ShardedSource
+from lightning_tricks.data.streaming import StreamingSampler
 
 __all__ = [
+    "Block",
     "ClassBalancedSampler",
     "DataReport",
     "DynamicPaddingCollator",
     "FeatureNormalizer",
+    "IterableSource",
     "LengthBucketSampler",
     "PackedDataset",
+    "ParquetSource",
     "SequencePacker",
+    "ShardedSource",
+    "StreamingSampler",
     "TricksDataLoader",
     "bucketed",
     "count_classes",
