@@ -17,6 +17,7 @@ from lightning_tricks.errors import DataError, MisconfigurationError
 __all__ = ["Block", "IterableSource", "ShardedSource"]
 
 BLOCK = 1000  # rows of an iterable that are held together
+BATCH = 100  # rows that Hugging Face's datasets give at a time
 
 
 class Rows(Protocol):
@@ -194,7 +195,8 @@ class IterableSource(ShardedSource):
         if len(samples) < size or (ends and next(iterator, samples) is not samples):
             raise DataError(
                 f"Shard {shard} has {'fewer' if len(samples) < size else 'more'} than the {self.rows[shard]} rows that"
-                " were counted: the data changed, or are shuffled or endless. Give the dataset as it is stored."
+                " were counted: the data changed, are shuffled, or share themselves out over worker processes."
+                " Give what has the same rows whenever and wherever it is read."
             )
         self._cursor = None if ends else (shard, first + size, iterator)
         return Block(first, samples)
@@ -219,10 +221,23 @@ class IterableSource(ShardedSource):
             ) from error
 
 
+class _HuggingFaceShard:
+    """A shard's rows. In a worker process its `__iter__` would share them out once more; `iter` does not."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.dataset.iter(batch_size=BATCH):
+            names = list(batch)
+            for values in zip(*(batch[name] for name in names), strict=True):
+                yield dict(zip(names, values, strict=True))
+
+
 def _shards_of(given: Any) -> list[Iterable[Any]]:
     if hasattr(given, "shard") and hasattr(given, "num_shards"):
         count = int(given.num_shards)
-        return [given.shard(num_shards=count, index=index) for index in range(count)]
+        return [_HuggingFaceShard(given.shard(num_shards=count, index=index)) for index in range(count)]
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):
         for shard, each in enumerate(given):
             if not isinstance(each, Iterable) or isinstance(each, Iterator):

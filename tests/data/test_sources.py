@@ -179,20 +179,20 @@ def test_a_source_is_sent_to_another_process_without_what_it_holds(tmp_path):
 
 @pytest.mark.slow
 def test_data_larger_than_the_memory_allowed(tmp_path):
-    """256 MB of rows in a process that may have 100 MB more; reading the file whole fails there."""
+    """160 MB of rows in a process that may have 100 MB more; to hold all of them fails there."""
     group = np.arange(16 * 2**20 // 8)
     path = tmp_path / "large.parquet"
     schema = pyarrow.schema([("values", pyarrow.list_(pyarrow.int64())), ("n", pyarrow.int64())])
     with pyarrow.parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
-        for number in range(16):
+        for number in range(10):
             values = pyarrow.ListArray.from_arrays(np.arange(0, len(group) + 1, 1024), group + number)
             table = pyarrow.table([values, np.arange(number * 2048, (number + 1) * 2048)], schema=schema)
             writer.write_table(table, row_group_size=256)
     del group, values, table
-    assert path.stat().st_size > 256 * 10**6
+    assert path.stat().st_size > 160 * 10**6
     environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
     found = subprocess.run(
-        [sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=60
     )
     assert found.stdout.split() == ["streamed", "refused"], found.stdout + found.stderr
 
@@ -209,11 +209,12 @@ def within_limit(path):
     lengths = measure_lengths(source, length="values")
     sampler = StreamingSampler(source, lengths, max_tokens=8 * 1024, window=10, buffer=500)
     loader = TricksDataLoader(source, sampler=sampler, collate_fn=DynamicPaddingCollator())
-    seen = torch.cat([batch["n"] for batch in loader])
-    assert sorted(seen.tolist()) == list(range(16 * 2048))
+    seen = list(chain(*(batch["n"].tolist() for batch in loader)))
+    assert sorted(seen) == list(range(10 * 2048))
     sys.stdout.write("streamed ")
     try:
-        pyarrow.parquet.read_table(path, use_threads=False)
+        held = [source.read(shard, 0) for shard in range(len(source.rows))]
+        sys.stdout.write(f"held {len(held)}")
     except MemoryError:
         sys.stdout.write("refused")
 
