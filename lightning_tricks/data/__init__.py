@@ -6,6 +6,7 @@ from lightning_tricks.data.class_counts import count_classes
 from lightning_tricks.data.collating import DynamicPaddingCollator
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.lengths import measure_lengths
+from lightning_tricks.data.lit_data import LitDataSource
 from lightning_tricks.data.loader import TricksDataLoader
 from lightning_tricks.data.normalizing import FeatureNormalizer
 from lightning_tricks.data.packing import PackedDataset, SequencePacker
@@ -22,6 +23,7 @@ __all__ = [
     "FeatureNormalizer",
     "IterableSource",
     "LengthBucketSampler",
+    "LitDataSource",
     "PackedDataset",
     "ParquetSource",
     "SequencePacker",
