@@ -67,7 +67,7 @@ def test_other_and_damaged_folders(folder):
     content = chunk.read_bytes()
     for rest, what in ((content[:-9], "has .* bytes"), (b"", "is missing or empty")):
         chunk.write_bytes(rest)
-        with pytest.raises(DataError, match=f"The chunk `.*{chunk.name}` {what}"):
+        with pytest.raises(DataError, match=rf"The chunk `.*{chunk.name}` {what}"):
             LitDataSource(folder)
     chunk.write_bytes(content)
     index = json.loads((folder / "index.json").read_text())
@@ -86,5 +86,5 @@ def test_other_and_damaged_folders(folder):
 
 def test_without_litdata(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "litdata", None)
-    with pytest.raises(MissingDependencyError, match="Run: pip install litdata$"):
+    with pytest.raises(MissingDependencyError, match=r"Run: pip install litdata$"):
         LitDataSource(tmp_path)
