@@ -17,6 +17,7 @@ from lightning_tricks.data import (
     TricksDataLoader,
     loader,
     measure_lengths,
+    report,
 )
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional.streaming import nearby_order
@@ -288,3 +289,48 @@ def test_an_iterable_is_refused_with_the_remedy():
     source = IterableSource([Stream()])
     one = TricksDataLoader(source, sampler=StreamingSampler(source, batch_size=2))
     assert sorted(chain(*batches(one))) == [0, 1, 2, 3]
+
+
+# -- what the data hold ------------------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    """As many rows, of which only the dataset itself knows whether they are others."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        return index
+
+    def fingerprint(self):
+        return self.content
+
+
+def test_other_content_is_refused_in_mid_epoch_and_an_older_checkpoint_goes_on():
+    def make(content):
+        return TricksDataLoader(Rows(content), batch_size=2, shuffle=True, seed=0)
+
+    one = make("a")
+    iterator = iter(one)
+    first = next(iterator).tolist()
+    state = one.state_dict()
+    with pytest.raises(MisconfigurationError, match="fingerprint of the data=a, but now fingerprint of the data=b"):
+        make("b").load_state_dict(state)
+    older = make("b")
+    older.load_state_dict({name: value for name, value in state.items() if name != "fingerprint of the data"})
+    assert sorted([*first, *chain(*batches(older))]) == list(range(9))
+    list(iterator)
+    make("b").load_state_dict(one.state_dict())
+
+
+def test_the_report_of_a_stream():
+    found = report(make(**OPTIONS["budget"]), ranks=2)
+    lengths = OPTIONS["budget"]["lengths"]
+    assert sorted(found.lengths.tolist()) == sorted(lengths.tolist())
+    plan = sampler_of(**OPTIONS["budget"]).plan(2, 160)
+    assert found.counts.tolist() == [[len(part) for part in step] for step in parts_of(None, 2, plan)]
+    assert (found.counts * found.widths).max() <= 160

@@ -32,12 +32,30 @@ def test_two_ranks_stream_a_permutation_and_resume_exactly(tmp_path):
                 assert found[rank][name][workers] == whole[rank][SAVED:]
                 assert found[rank][name]["weights"][workers] == found[rank][name]["weights"]["whole"]
 
+    check_filtered([one["filtered"] for one in found])
+
+
+def check_filtered(ranks):
+    """The length of each step follows from the real tokens of all ranks before it, written down once more."""
+    seen, left_out = 0, 0
+    for step in zip(*(rank["lengths"] for rank in ranks), strict=True):
+        length = 9 if seen >= TOKENS else 2 + 7 * seen // TOKENS
+        for lengths in step:
+            assert max(lengths) <= length
+            assert lengths
+            left_out += 6 - len(lengths)
+        seen += sum(map(sum, step))
+    assert left_out > 20
+    assert seen > TOKENS
+    assert ranks[0]["tokens_seen"] == ranks[1]["tokens_seen"] >= TOKENS
+
 
 def work(folder):
     """Both ranks: Lightning starts the second one with the same command."""
     import lightning as L
     import torch
 
+    from lightning_tricks.callbacks import SequenceLengthWarmup
     from lightning_tricks.data import (
         DynamicPaddingCollator,
         ParquetSource,
@@ -51,11 +69,12 @@ def work(folder):
         def __init__(self):
             super().__init__()
             self.layer = torch.nn.Linear(1, 1)
-            self.seen = []
+            self.seen, self.lengths = [], []
 
         def training_step(self, batch):
             rows = batch["input_ids"][:, 0]
             self.seen.append(rows.tolist())
+            self.lengths.append(batch["attention_mask"].sum(1).tolist())
             return self.layer(rows[:, None] / ROWS).square().mean()
 
         def configure_optimizers(self):
@@ -90,9 +109,13 @@ def work(folder):
             module, run = fit(name, workers=workers, resume=folder / "saved.ckpt")
             found[name][str(workers)] = module.seen
             found[name]["weights"][str(workers)] = module.layer.weight.item()
+    warmup = SequenceLengthWarmup(2, 9, tokens=TOKENS, multiple=1, by="filtering")
+    module, run = fit("fixed", [warmup])
+    found["filtered"] = {"lengths": module.lengths, "tokens_seen": warmup.tokens_seen}
     (folder / f"{run.global_rank}.json").write_text(json.dumps(found))
 
 
+TOKENS = 400
 OPTIONS = {"fixed": {"batch_size": 6}, "budget": {"max_tokens": 40}}
 
 
