@@ -135,7 +135,7 @@ class StreamingSampler:
             limit: samples or padded tokens per rank and step.
 
         Raises:
-            DataError: if there are too few rows to give every rank one in every step.
+            DataError: if there are too few rows to give every rank one in every step, or too many too long ones.
         """
         count = self.samples if self.kept is None else len(self.kept)
         if not self.by_tokens or count < world:
@@ -243,6 +243,11 @@ class StreamingSampler:
             if fits and (wanted is None or int(pools.steps.sum()) <= wanted <= int(most.sum())):
                 return pools, most
             if size >= math.ceil(len(rows) / len(ranks)):
-                needed = int(pools.steps.sum()) if wanted is None else wanted
-                raise MisconfigurationError(does_not_fit(len(rows), needed, len(ranks)))
+                if wanted is not None:
+                    raise MisconfigurationError(does_not_fit(len(rows), wanted, len(ranks)))
+                raise DataError(
+                    f"{len(rows)} rows cannot be had in equally many batches within `max_tokens={limit}` on each of"
+                    f" {len(ranks)} devices: too many of them fill a batch alone. Raise `max_tokens`, or use fewer"
+                    " devices."
+                )
             size *= 2

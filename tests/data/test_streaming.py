@@ -61,7 +61,9 @@ def test_a_nearby_shuffle_moves_nothing_far_and_starts_anywhere(count, reach):
     assert sorted(whole.tolist()) == list(range(count))
     assert np.abs(whole - np.arange(count)).max() <= reach
     assert (reach == 0) == (whole == np.arange(count)).all()
-    for start in {0, 1, count // 3, count - 1, 4095, 4096, 4097} & set(range(count)):
+    for start in {0, 1, count // 3, count - 1, 4095, 4096, 4097, *range(4990, 5010), *range(5100, count, 97)} & set(
+        range(count)
+    ):
         assert np.concatenate(list(nearby_order(count, reach, (3,), start))).tolist() == whole[start:].tolist()
 
 
@@ -160,6 +162,17 @@ def test_what_is_too_long():
     with pytest.raises(MisconfigurationError, match="cuts samples to 160 tokens"):
         TricksDataLoader(source_of(SIZES), sampler=cut)
     TricksDataLoader(source_of(SIZES), sampler=cut, collate_fn=DynamicPaddingCollator(max_length=160))
+
+
+def test_rows_that_fill_batches_alone():
+    """Five on one rank and four on the other cannot make equally many batches; ten can."""
+    with pytest.raises(DataError, match=r"9 rows cannot be had in equally many batches within `max_tokens=50`"):
+        sampler_of([9], lengths=[40] * 9, max_tokens=50).steps(2, 50)
+    assert sampler_of([10], lengths=[40] * 10, max_tokens=50).steps(2, 50) == 5
+    lengths = [40] * 9 + [2] * 9  # pools of few rows may lack short ones: they are made larger
+    for seed in range(5):
+        sampler = sampler_of([18], lengths=lengths, max_tokens=50, window=1, seed=seed)
+        assert sorted(flat(parts_of(sampler, 2))) == list(range(18))
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
