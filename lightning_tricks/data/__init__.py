@@ -4,6 +4,7 @@ from lightning_tricks.data.bucketing import bucketed
 from lightning_tricks.data.class_balance import ClassBalancedSampler
 from lightning_tricks.data.class_counts import count_classes
 from lightning_tricks.data.collating import DynamicPaddingCollator
+from lightning_tricks.data.iterables import IterableSource
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.lengths import measure_lengths
 from lightning_tricks.data.lit_data import LitDataSource
@@ -12,7 +13,7 @@ from lightning_tricks.data.normalizing import FeatureNormalizer
 from lightning_tricks.data.packing import PackedDataset, SequencePacker
 from lightning_tricks.data.parquet import ParquetSource
 from lightning_tricks.data.reporting import DataReport, report
-from lightning_tricks.data.sources import Block, IterableSource, ShardedSource
+from lightning_tricks.data.sources import Block, ShardedSource
 from lightning_tricks.data.streaming import StreamingSampler
 
 __all__ = [

@@ -217,11 +217,8 @@ class StreamingSampler:
 
     def _rows(self, key: tuple[int, ...], samples: np.ndarray | None) -> ShardRows:
         chosen = self.kept if samples is None else samples
-        return ShardRows(
-            self._sizes,
-            None if self.buffer is None else key,
-            None if chosen is None else np.asarray(chosen, np.int64),
-        )
+        numbers = None if chosen is None else np.asarray(chosen, np.int64)
+        return ShardRows(self._sizes, None if self.buffer is None else key, numbers)
 
     def _ranks(self, rows: ShardRows, world: int, key: tuple[int, ...]) -> list[RankRows]:
         seed = None if self.buffer is None else key

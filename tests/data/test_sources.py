@@ -22,7 +22,7 @@ from lightning_tricks.data import (
     TricksDataLoader,
     measure_lengths,
 )
-from lightning_tricks.data.sources import BLOCK
+from lightning_tricks.data.iterables import BLOCK
 from lightning_tricks.errors import DataError, DegradedWarning, MisconfigurationError
 
 ROWS = 230
