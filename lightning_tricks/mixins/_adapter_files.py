@@ -11,7 +11,10 @@ from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import fingerprint, same_fingerprint
 from lightning_tricks.layers import AdaptedLayer, adapted_layers
 from lightning_tricks.mixins._adapter_folder import AdapterFolder, read_folder, write_folder
-from lightning_tricks.mixins._peft_formats import exported, fill, method_of
+from lightning_tricks.mixins._adapting import path_of
+from lightning_tricks.mixins._peft_export import exported
+from lightning_tricks.mixins._peft_fill import fill
+from lightning_tricks.mixins._peft_method import method_of
 from lightning_tricks.storage import write_weights
 
 __all__ = ["export_merged", "load_adapter", "save_adapter"]
@@ -37,7 +40,7 @@ def load_adapter(owner: Any, folder: Path, name: str, module: nn.Module) -> None
     content = read_folder(folder)
     method, trainable = method_of(content)
     _require_the_base(content, module)
-    held = owner.__dict__.get("_adapted", {}).get(owner._path_of(module), {})
+    held = owner.__dict__.get("_adapted", {}).get(path_of(owner, module), {})
     if name not in held:
         owner.adapt(module, method, trainable=trainable, name=name)
     elif type(held[name].method) is not type(method):

@@ -11,8 +11,10 @@ from lightning_tricks.functional import path_matches
 from lightning_tricks.layers import adapted_layers
 
 __all__ = [
+    "require_ability",
     "require_identifier",
     "require_mergeable",
+    "require_unmerged",
     "require_values",
     "several",
     "trainable",
@@ -61,6 +63,37 @@ def require_values(module: nn.Module, plan: dict[str, Any]) -> None:
                 f"the weight of `{path}` is {state}: call `adapt` in `__init__` or `configure_model`, once the "
                 "pretrained weights are loaded and before the strategy shards them."
             )
+
+
+def require_unmerged(owner: nn.Module, what: str) -> None:
+    """Merged weights are not the base's.
+
+    Args:
+        owner: the module with the adapters.
+        what: what is about to be done, as in "before you ...".
+
+    Raises:
+        MisconfigurationError: if adapters are merged.
+    """
+    if any(layer.merged is not None for _, layer in adapted_layers(owner)):
+        raise MisconfigurationError(f"adapters are merged: call `unmerge_adapters()` before you {what}.")
+
+
+def require_ability(owner: nn.Module, what: str, ability: str) -> None:
+    """Not every method can be merged, or switched off.
+
+    Args:
+        owner: the module with the adapters.
+        what: what is asked of them, as in "cannot ...".
+        ability: the attribute of a method that says whether it can.
+
+    Raises:
+        MisconfigurationError: naming a method that cannot.
+    """
+    methods = [adapter.method for held in vars(owner).get("_adapted", {}).values() for adapter in held.values()]
+    for method in methods:
+        if not getattr(method, ability):
+            raise MisconfigurationError(f"{type(method).__name__} cannot {what}: {method.reason}")
 
 
 def require_mergeable(owner: nn.Module) -> None:
