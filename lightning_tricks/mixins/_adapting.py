@@ -8,6 +8,7 @@ from torch import nn
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.layers import leave_fast_path
 from lightning_tricks.mixins import _selection as selection
+from lightning_tricks.mixins import _small_base as small_base
 from lightning_tricks.mixins._frozen_base import FrozenBase
 from lightning_tricks.mixins._method import Method
 from lightning_tricks.mixins._switching import activate
@@ -17,10 +18,11 @@ __all__ = ["Adapter", "adapt", "leave_out", "path_of", "records"]
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter of one module: its method, and what else is trained with it."""
+    """One adapter of one module: its method, what else is trained with it, and how the targets' weights are kept."""
 
     method: Method
     trainable: tuple[str, ...]
+    base: small_base.Base | None = None
 
 
 def adapt(owner: Any, module: nn.Module, adapter: Adapter, name: str) -> None:
@@ -40,15 +42,18 @@ def adapt(owner: Any, module: nn.Module, adapter: Adapter, name: str) -> None:
 def _attach(owner: Any, module: nn.Module, prefix: str, adapter: Adapter, name: str) -> None:
     selection.require_identifier(name)
     selection.require_unmerged(owner, "adapt again")
+    small_base.require_base(adapter.base, adapter.method)
     plan = adapter.method.plan(module, name)
     kept = selection.trainable(module, adapter.trainable)
     selection.require_values(module, plan)
     held = owner._adapted[prefix]
     _require_together(prefix, [*(other.method for other in held.values()), adapter.method])
+    packed = small_base.pack(owner, module, plan, adapter.base)
     if not held:
         module.requires_grad_(False)
     for parameter in kept:
         parameter.requires_grad_(True)
+    small_base.install(packed)
     adapter.method.attach(module, name, plan)
     held[name] = adapter
     activate(module, {name: 1.0})
@@ -82,11 +87,14 @@ def path_of(owner: Any, module: nn.Module) -> str:
 def records(owner: Any) -> dict[str, dict[str, Any]]:
     """What a checkpoint tells of the adapters: by module and name, the method and its options."""
     return {
-        prefix: {
-            name: {"method": type(adapter.method).__name__, **adapter.method.record()} for name, adapter in held.items()
-        }
+        prefix: {name: _record(owner.get_submodule(prefix), name, adapter.method) for name, adapter in held.items()}
         for prefix, held in owner.__dict__.get("_adapted", {}).items()
     }
+
+
+def _record(module: nn.Module, name: str, method: Method) -> dict[str, Any]:
+    base = {"base": small_base.kept_as(module, name)} if method.packs_base else {}
+    return {"method": type(method).__name__, **method.record(), **base}
 
 
 def _require_together(prefix: str, methods: list[Method]) -> None:
@@ -100,7 +108,11 @@ def _require_together(prefix: str, methods: list[Method]) -> None:
 def _require_the_same(prefix: str, name: str, before: Adapter, now: Adapter) -> None:
     if before != now:
         raise MisconfigurationError(
-            f"`{prefix}` has been adapted already under the name {name!r}, with {before.method} and trainable="
-            f"{before.trainable}, and cannot be with {now.method} and trainable={now.trainable} as well: give the "
-            "second another `name`."
+            f"`{prefix}` has been adapted already under the name {name!r}, with {_told(before)}, and cannot be with "
+            f"{_told(now)} as well: give the second another `name`."
         )
+
+
+def _told(adapter: Adapter) -> str:
+    base = "" if adapter.base is None else f", base={adapter.base!r}"
+    return f"{adapter.method} and trainable={adapter.trainable}{base}"

@@ -19,6 +19,7 @@ from lightning_tricks.mixins._adapter_trick import groups, trick_named
 from lightning_tricks.mixins._adapting import Adapter
 from lightning_tricks.mixins._method import Method
 from lightning_tricks.mixins._order import require_before_lightning_module
+from lightning_tricks.mixins._small_base import Base
 
 __all__ = ["AdapterMixin"]
 
@@ -61,7 +62,13 @@ class AdapterMixin(AdapterCheckpoints):
     # -- adapting ------------------------------------------------------------------------------------------------
 
     def adapt(
-        self, module: nn.Module, policy: Method | None = None, trainable: Sequence[str] = (), *, name: str = "default"
+        self,
+        module: nn.Module,
+        policy: Method | None = None,
+        trainable: Sequence[str] = (),
+        *,
+        name: str = "default",
+        base: Base | None = None,
     ) -> None:
         """Give `module` an adapter, and freeze the rest of it.
 
@@ -74,12 +81,14 @@ class AdapterMixin(AdapterCheckpoints):
             trainable: what else inside `module` is trained: names of parameters or modules, or globs, as in the
                 policy's targets (`"pooler"`, `"LayerNorm"`, `"layer.5"`).
             name: of the adapter, an identifier; several adapters of one module have different ones.
+            base: how LoRA or DoRA keep the frozen weights of their targets: `nf4` (4 bits, as in QLoRA), `int8`,
+                `bf16`; None: as they are. The rest of `module` stays as it is.
 
         Raises:
-            MisconfigurationError: if `module` is not part of `self`, holds another adapter of that name, or a target or
-                trainable name selects nothing.
+            MisconfigurationError: if `module` is not part of `self`, holds another adapter of that name, a target or
+                trainable name selects nothing, or a target cannot be kept as `base` says.
         """
-        adapting.adapt(self, module, Adapter(self._method(policy), tuple(selection.several(trainable))), name)
+        adapting.adapt(self, module, Adapter(self._method(policy), tuple(selection.several(trainable)), base), name)
 
     def freeze_base(self, module: nn.Module) -> None:
         """Freeze `module` without adapters: checkpoints leave it out, and hold a fingerprint of it, all the same.
@@ -144,11 +153,12 @@ class AdapterMixin(AdapterCheckpoints):
 
         Raises:
             MisconfigurationError: if they are merged already, a method cannot be merged, a weight is shared with
-                another layer, or it is sharded.
+                another layer, or it is sharded, or kept in few bits.
         """
         selection.require_unmerged(self, "merge again")
         selection.require_ability(self, "be merged", "mergeable")
         selection.require_mergeable(self)
+        selection.require_unpacked(self)
         for _, layer in adapted_layers(self):
             layer.merge()
 
@@ -200,13 +210,16 @@ class AdapterMixin(AdapterCheckpoints):
         selection.require_unmerged(self, "save")
         adapter_files().save_adapter(self, Path(folder), name)
 
-    def load_adapter(self, folder: str | Path, *, name: str = "default", module: nn.Module) -> None:
+    def load_adapter(
+        self, folder: str | Path, *, name: str = "default", module: nn.Module, base: Base | None = None
+    ) -> None:
         """Read an adapter that peft or `save_adapter` wrote, and make it the active one.
 
         Args:
             folder: where it is.
             name: what it is called here. An adapter of that name gets the values; otherwise `module` is adapted.
             module: the module of `self` that is its base.
+            base: as in `adapt`, if `module` is adapted.
 
         Raises:
             CheckpointError: if a file is missing or malformed, the type unknown, or the base another one; the first
@@ -214,7 +227,7 @@ class AdapterMixin(AdapterCheckpoints):
             MisconfigurationError: if adapters are merged.
         """
         selection.require_unmerged(self, "load")
-        adapter_files().load_adapter(self, Path(folder), name, module)
+        adapter_files().load_adapter(self, Path(folder), name, module, base)
 
     def export_merged(self, path: str | Path, *, module: nn.Module) -> None:
         """Write `module` with the active adapters in its weights, as one plain safetensors file. Changes nothing.
