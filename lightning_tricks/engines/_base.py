@@ -199,6 +199,10 @@ class BaseEngine(LiveEngine, ABC):
     def scales_loss(self) -> bool:
         """Whether fp16 scales the loss, and drops steps by itself."""
 
+    def unscaled_loss(self, loss: Tensor) -> Tensor:
+        """As it is, where Lightning does not scale it."""
+        return loss
+
 
 def _refuse_closures(optimizer: Optimizer) -> None:
     if isinstance(optimizer, LBFGS):

@@ -107,6 +107,13 @@ _METHODS = {
         "as on one device",
         "whether DeepSpeed trains in fp16",
     ),
+    "unscaled_loss": (
+        "in `on_before_backward`",
+        "no",
+        "divided by the scaler's scale",
+        "as on one device",
+        "as it is: DeepSpeed scales later",
+    ),
     "named_full_weights": (
         "between steps",
         "yes",

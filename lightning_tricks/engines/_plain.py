@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -85,6 +86,14 @@ class PlainEngine(BaseEngine):
         """Whether a gradient scaler is at work."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         return scaler is not None and bool(scaler.is_enabled())
+
+    def unscaled_loss(self, loss: Tensor) -> Tensor:
+        """Without what the scaler multiplied it by."""
+        if not self.scales_loss():
+            return loss
+        # `get_scale` would wait for the device.
+        scale: Tensor = self._trainer.precision_plugin.scaler.scale(torch.ones_like(loss))  # type: ignore[attr-defined]
+        return loss / scale
 
     def _call_training_step(self, *arguments: Any) -> None:
         """Past DDP, which would hand out rank 0's buffers."""

@@ -181,6 +181,13 @@ class Engine(Protocol):
         Live. Free. Such a step has a `gradient_norm` that is not finite, and says nothing about its batch.
         """
 
+    def unscaled_loss(self, loss: Tensor) -> Tensor:
+        """The loss that `on_before_backward` is given, without the scale of fp16.
+
+        Live, in `on_before_backward`, on any rank. Nothing waits for the device. Lightning's scaler multiplies the loss
+        before that hook, DeepSpeed's after it.
+        """
+
     # -- weights: live, between steps --------------------------------------------------------------------------
 
     def named_full_weights(self) -> Iterator[tuple[str, Tensor]]:
