@@ -30,6 +30,8 @@ from lightning_tricks.callbacks import (
     FixedNorm,
     GradientClipping,
     GradientNormMonitor,
+    LearningRateSchedule,
+    Linear,
     NonFiniteGuard,
     Percentile,
     SpikeRecovery,
@@ -42,6 +44,7 @@ from lightning_tricks.mixins._loss_window import LossWindow
 from lightning_tricks.recipes import TextClassificationData, TextClassifier
 
 WARM_UP = 3
+SCHEDULE = "learning-rate schedule"
 OWN = "configure_gradient_clipping"  # Lightning's own
 
 
@@ -55,6 +58,13 @@ class Normalized(LossNormalizationMixin, TextClassifier):
         )
 
 
+class Unscheduled(TextClassifier):
+    """The recipe without a schedule of its own."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
 # name -> callbacks, the bound of their share of a step, and whether that is beyond Lightning's own clipping
 TRICKS = {
     "monitor and fixed norm": (lambda: [GradientNormMonitor(), GradientClipping(FixedNorm(1.0))], 0.02, True),
@@ -65,6 +75,7 @@ TRICKS = {
     "guard": (lambda: [NonFiniteGuard()], 0.005, False),
     "monitor of two groups": (lambda: [GradientNormMonitor(groups=["encoder", "classifier"])], None, False),
     "spike recovery": (lambda: [SpikeRecovery(every_n_steps=100)], None, False),
+    SCHEDULE: (lambda: [LearningRateSchedule(Linear(), warmup=2)], None, False),
 }
 # name -> the module, and its method that is timed beside the hooks of a window of two batches
 MIXINS = {
@@ -109,7 +120,7 @@ def main():
 def measure(name, options):
     """One row."""
     if name in TRICKS:
-        return fit(TRICKS[name][0](), options.steps)
+        return fit(TRICKS[name][0](), options.steps, Unscheduled if name == SCHEDULE else TextClassifier)
     if name in MIXINS:
         return fit([], options.steps, *MIXINS[name], accumulate_grad_batches=2)
     if name in COMPOSERS:
