@@ -30,8 +30,6 @@ from lightning_tricks.callbacks import (
     FixedNorm,
     GradientClipping,
     GradientNormMonitor,
-    LearningRateSchedule,
-    Linear,
     NonFiniteGuard,
     Percentile,
     SpikeRecovery,
@@ -67,7 +65,6 @@ TRICKS = {
     "guard": (lambda: [NonFiniteGuard()], 0.005, False),
     "monitor of two groups": (lambda: [GradientNormMonitor(groups=["encoder", "classifier"])], None, False),
     "spike recovery": (lambda: [SpikeRecovery(every_n_steps=100)], None, False),
-    "learning-rate schedule": (lambda: [LearningRateSchedule(Linear(), warmup=2)], None, False),
 }
 # name -> the module, and its method that is timed beside the hooks of a window of two batches
 MIXINS = {

@@ -1,5 +1,7 @@
 """Loaders that resume exactly and read the user's files."""
 
+from lightning_tricks.data.augmentations import Augmentation, BackTranslation, MaskedReplacement, Paraphrase
+from lightning_tricks.data.augmenting import AugmentReport, augment
 from lightning_tricks.data.bucketing import bucketed
 from lightning_tricks.data.class_balance import ClassBalancedSampler
 from lightning_tricks.data.class_counts import count_classes
@@ -12,14 +14,20 @@ from lightning_tricks.data.packing import PackedDataset, SequencePacker
 from lightning_tricks.data.reporting import DataReport, report
 
 __all__ = [
+    "AugmentReport",
+    "Augmentation",
+    "BackTranslation",
     "ClassBalancedSampler",
     "DataReport",
     "DynamicPaddingCollator",
     "FeatureNormalizer",
     "LengthBucketSampler",
+    "MaskedReplacement",
     "PackedDataset",
+    "Paraphrase",
     "SequencePacker",
     "TricksDataLoader",
+    "augment",
     "bucketed",
     "count_classes",
     "measure_lengths",
