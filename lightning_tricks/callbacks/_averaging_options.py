@@ -54,7 +54,7 @@ def checked_purposes(purposes: Any) -> tuple[Purpose, ...]:
     return tuple(sorted(set(purposes)))
 
 
-def checked_count(batches: Any) -> int:
+def checked_count(batches: Any, trick: str = "WeightAveraging") -> int:
     """The number of batches, if it is one.
 
     Raises:
@@ -62,6 +62,6 @@ def checked_count(batches: Any) -> int:
     """
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
         raise MisconfigurationError(
-            f"WeightAveraging's `statistics_batches` must be a whole number, 0 or more, got {batches!r}."
+            f"{trick}'s `statistics_batches` must be a whole number, 0 or more, got {batches!r}."
         )
     return batches

@@ -2,15 +2,18 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_tricks.callbacks._evaluation import borrowed_weights, validate
 from lightning_tricks.callbacks._given_members import GivenMembers
 from lightning_tricks.callbacks._monitor import Monitor, joint
 from lightning_tricks.callbacks._shelf import Shelf
+from lightning_tricks.callbacks._statistics import AveragedStatistics, buffers_kept
 from lightning_tricks.engines import Engine
 from lightning_tricks.functional import Selection, greedy_selection
 from lightning_tricks.storage import average_weights
@@ -77,10 +80,14 @@ class Combiner:
         engine: its engine.
         shelf: gives names for scratch files.
         monitor: the metric to choose by, if there is one.
+        statistics: estimates the running statistics of a mean, which are no mean of statistics.
     """
 
-    def __init__(self, trainer: Trainer, engine: Engine, shelf: Shelf, monitor: Monitor | None) -> None:
+    def __init__(
+        self, trainer: Trainer, engine: Engine, shelf: Shelf, monitor: Monitor | None, statistics: AveragedStatistics
+    ) -> None:
         self.trainer, self.engine, self.shelf, self.monitor = trainer, engine, shelf, monitor
+        self._statistics, self._means = statistics, 0
         self.mean = shelf.path(shelf.new_name("mean", trainer.global_step))
         self._raw = shelf.path(shelf.new_name("raw", trainer.global_step))
 
@@ -91,9 +98,24 @@ class Combiner:
         self.engine.write_on_rank_zero(self.mean, lambda: source.average(chosen, shares, self.mean))
         return self.mean
 
+    def complete(self, mean: Path) -> None:
+        """Write running statistics of its own into a mean of several members, if the module has any."""
+        if self._statistics.missing(self._means + 1):
+            with self._borrowed(mean):
+                self._estimate()
+                self.engine.save_weights(mean)
+
+    def _estimate(self) -> None:
+        """Let the module, which holds a mean, have the statistics that its training batches give."""
+        self._means += 1
+        found = self._statistics.buffers(self.trainer, self.engine, self._means)
+        with torch.no_grad():
+            for buffer, values in found:
+                buffer.copy_(values)
+
     def score(self, weights: Path) -> dict[str, float]:
         """What validation logs for the weights of a file. The module's own are afterwards what they were."""
-        with borrowed_weights(self.engine, weights, self._raw):
+        with self._borrowed(weights):
             return self._validated()
 
     def greedy(self, source: Source, scores: Sequence[float]) -> tuple[Selection | None, Found]:
@@ -113,15 +135,23 @@ class Combiner:
         def together(places: Sequence[int]) -> float:
             single = source.loadable(places[0]) if len(places) == 1 else None
             self.engine.load_weights(single or self.average(source, places, [1.0] * len(places)))
+            if len(places) > 1:
+                self._estimate()
             found[tuple(places)] = self._validated()
             return found[tuple(places)].get(monitor.name, math.nan)
 
         first = source.loadable(0) or self.average(source, [0], [1.0])
-        with borrowed_weights(self.engine, first, self._raw):
+        with self._borrowed(first):
             own = [score if math.isfinite(score) else together([place]) for place, score in enumerate(scores)]
             if not any(map(math.isfinite, own)):
                 return None, found
             return greedy_selection(own, together, mode=monitor.mode), found
+
+    @contextmanager
+    def _borrowed(self, weights: Path) -> Iterator[None]:
+        """Let the module hold the weights of a file; what it held, each rank's own buffers included, comes back."""
+        with buffers_kept(self.trainer.lightning_module), borrowed_weights(self.engine, weights, self._raw):
+            yield
 
     def clear(self) -> None:
         """Delete the mean."""

@@ -32,7 +32,8 @@ def monitored(members: object, combine: object) -> tuple[str, Literal["min", "ma
 
 
 def _running_statistics(situation: Situation, used: InUse) -> Mapping[str, object] | None:
-    if isinstance(used.source.combine, Predictions):
+    estimated = used.source.statistics_batches > 0 and situation.module.automatic_optimization
+    if isinstance(used.source.combine, Predictions) or estimated:
         return None
     for name, module in situation.module.named_modules():
         if isinstance(module, _NormBase) and module.track_running_stats and module.training:
@@ -49,7 +50,8 @@ ENSEMBLE_RULES = (
     Rule(
         when=_running_statistics,
         verdict="refused",
-        words="{trick} cannot average the running statistics of `{layer}` ({kind}), whose mean belongs to no weights",
+        words="{trick} cannot average the running statistics of `{layer}` ({kind}), whose mean belongs to no weights,"
+        " and estimates them anew only by training steps of automatic optimisation, with `statistics_batches` above 0",
         remedy="use a normalisation without them (LayerNorm, GroupNorm), or freeze them by putting the layer in "
         "eval() mode before the fit",
         known="built",

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import Engine
 
-__all__ = ["AveragedStatistics", "norms_of", "placed"]
+__all__ = ["AveragedStatistics", "buffers_kept", "norms_of", "placed"]
 
 Buffers = list[tuple[Tensor, Tensor]]  # a buffer, and what it is to hold
 _COMPILED = "_orig_mod."
@@ -80,7 +80,7 @@ class AveragedStatistics:
         with ExitStack() as stack:
             for kept in (isolate_rng(), _generators_kept(trainer), _muted(module), _in_modes(self._modes)):
                 stack.enter_context(kept)
-            stack.enter_context(_buffers_kept(module))
+            stack.enter_context(buffers_kept(module))
             stack.enter_context(_averaging(self._norms))
             for index, batch in enumerate(itertools.islice(_batches(trainer), self._batches)):
                 engine.training_forward(_on_device(trainer, module, batch), index)
@@ -176,7 +176,8 @@ def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_kept(module: LightningModule) -> Iterator[None]:
+def buffers_kept(module: LightningModule) -> Iterator[None]:
+    """Put this rank's buffers back after the block, whatever ended it."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

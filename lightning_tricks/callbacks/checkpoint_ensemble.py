@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_tricks.callbacks._averaging_options import checked_count
 from lightning_tricks.callbacks._base import is_dry_run, writable_folder
 from lightning_tricks.callbacks._combine_policies import CombinePolicy, GreedySoup, Predictions, Uniform
 from lightning_tricks.callbacks._combining import Combiner, FromPaths, FromShelf, Source
@@ -22,6 +23,7 @@ from lightning_tricks.callbacks._member_policies import Cyclic, MemberPolicy, To
 from lightning_tricks.callbacks._monitor import Monitor
 from lightning_tricks.callbacks._scored import ScoredCallback
 from lightning_tricks.callbacks._shelf import Shelf
+from lightning_tricks.callbacks._statistics import AveragedStatistics
 from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import rank_scores
@@ -54,8 +56,8 @@ class CheckpointEnsemble(ScoredCallback):
     as `ensemble/<metric>` and `best/<metric>`, say how it compares. The module keeps the weights that it ended the fit
     with (or that `EarlyStopping` restored): the ensemble is a file.
 
-    A score that is not finite never wins. Running statistics of normalisation layers cannot be averaged, so a module
-    that updates some is refused, except with `Predictions`.
+    A score that is not finite never wins. Running statistics of normalisation layers have no mean: for an average they
+    are estimated anew from training batches.
 
     Args:
         members: which checkpoints to combine: `TopK`, `LastK`, `Every`, `Cyclic`, or a list of checkpoints of other
@@ -63,6 +65,8 @@ class CheckpointEnsemble(ScoredCallback):
         combine: what they become: `Uniform`, `Weighted` or `GreedySoup` average, `Predictions` keeps them apart.
         dirpath: folder for the members and the ensemble, seen by all nodes;
             `<default_root_dir>/checkpoint_ensemble/<metric or policy>` if null.
+        statistics_batches: how many training batches running statistics are estimated from; 0: a module that updates
+            some is refused.
 
     Attributes:
         path: the ensemble's file; None before the fit ended, and with `Predictions`.
@@ -74,7 +78,8 @@ class CheckpointEnsemble(ScoredCallback):
 
     Raises:
         MisconfigurationError: for a metric that validation does not log, a folder that cannot be written or that
-            another ensemble uses, running statistics, or with `Cyclic` another scheduler or a fit without an end.
+            another ensemble uses, running statistics under manual optimisation, or with `Cyclic` another scheduler or
+            a fit without an end.
         CheckpointError: before the fit, for given checkpoints that are damaged or do not match.
 
     Example:
@@ -98,6 +103,7 @@ class CheckpointEnsemble(ScoredCallback):
     rejected: dict[str, float]
     _kept: list[_Member]
     _shelf: Shelf
+    _statistics: AveragedStatistics
 
     def __init__(
         self,
@@ -105,8 +111,10 @@ class CheckpointEnsemble(ScoredCallback):
         combine: CombinePolicy = _UNIFORM,
         *,
         dirpath: str | Path | None = None,
+        statistics_batches: int = 32,
     ) -> None:
         super().__init__()
+        self.statistics_batches = checked_count(statistics_batches, "CheckpointEnsemble")
         self._given = None if isinstance(members, MemberPolicy) else GivenMembers(members)
         if not isinstance(combine, CombinePolicy):
             raise MisconfigurationError(
@@ -130,6 +138,12 @@ class CheckpointEnsemble(ScoredCallback):
         """The members' scores, best first, as far as they have some."""
         known = [member.score for member in self._kept if math.isfinite(member.score)]
         return [known[place] for place in rank_scores(known, mode=self._monitor.mode)] if known else []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the modes that the module trains in."""
+        super().on_fit_start(trainer, pl_module)
+        self._statistics = AveragedStatistics(self.statistics_batches)
+        self._statistics.begin(pl_module)
 
     # -- collecting ----------------------------------------------------------------------------------------------------
 
@@ -215,7 +229,8 @@ class CheckpointEnsemble(ScoredCallback):
                 "CheckpointEnsemble: a greedy soup scores its members, and this fit took no step: no ensemble."
             )
         else:
-            combiner = Combiner(trainer, self.engine, self._shelf, self._monitor if self.monitors else None)
+            monitor = self._monitor if self.monitors else None
+            combiner = Combiner(trainer, self.engine, self._shelf, monitor, self._statistics)
             try:
                 self._average(combiner, source, scores, scored)
             finally:
@@ -247,6 +262,8 @@ class CheckpointEnsemble(ScoredCallback):
         average = combiner.average(source, places, shares)
         self.path = self._shelf.path("ensemble.ckpt")
         chosen = [place for place, share in zip(places, shares, strict=True) if share > 0]
+        if len(chosen) > 1:  # a single member has its own
+            combiner.complete(average)
         write_ensemble(combiner.trainer, self.engine, average, self.path, self._records(chosen))
         if scored:
             self._publish(combiner.trainer, best, combiner.score(average) if found is None else found, len(chosen))

@@ -45,9 +45,11 @@ def test_loaders_that_come_with_the_fit_are_not_known_before(trainer, scripted, 
 def test_running_statistics_are_refused(trainer, scripted):
     module = scripted()
     module.norm = torch.nn.BatchNorm1d(2)
-    found = line(lightning_tricks.check(trainer([CheckpointEnsemble()]), module), "CheckpointEnsemble")
-    assert found.verdict == "refused"
-    assert "running statistics of `norm` (BatchNorm1d)" in found.reason
+    for callback, automatic in ((CheckpointEnsemble(statistics_batches=0), True), (CheckpointEnsemble(), False)):
+        module.automatic_optimization = automatic
+        found = line(lightning_tricks.check(trainer([callback]), module), "CheckpointEnsemble")
+        assert found.verdict == "refused"
+        assert "running statistics of `norm` (BatchNorm1d)" in found.reason
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="not run: needs DeepSpeed")

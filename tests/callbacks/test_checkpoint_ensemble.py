@@ -246,7 +246,7 @@ def test_running_statistics_are_refused(trainer, scripted, when):
 
     setattr(Normed, when, add)
     with pytest.raises(MisconfigurationError, match=r"running statistics of `norm` \(BatchNorm1d\).*eval\(\)"):
-        trainer([ensemble()]).fit(Normed())
+        trainer([ensemble(statistics_batches=0)]).fit(Normed())
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")

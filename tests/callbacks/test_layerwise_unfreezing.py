@@ -13,6 +13,7 @@ from lightning_tricks.callbacks._layer_groups import split_by_layer
 from lightning_tricks.callbacks._layers import find_layers, ids_by_layer
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
+from lightning_tricks.mixins import LoRA, LoRAMixin
 
 ORDER = ["head", "blocks.1", "blocks.0", "enter"]
 BATCHES, EPOCHS, RATE, DECAY = 3, 5, 0.05, 0.1
@@ -516,3 +517,26 @@ def test_a_norm_asked_for_before_is_refused(trainer):
 
     with pytest.raises(MisconfigurationError, match="asked for the norm of gradients before another left a part"):
         trainer([Early(), LayerwiseUnfreezing()], max_epochs=1).fit(Net())
+
+
+class Adapted(LoRAMixin, Net):
+    """Low-rank adapters in the blocks, whose base is frozen, and a head that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapt(self.blocks, LoRA(rank=2, targets=("0", "1")))
+        self.enter.requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=RATE)
+
+
+def test_the_base_of_adapters_stays_frozen(trainer):
+    module = Adapted()
+    first = {name: own.detach().clone() for name, own in module.named_parameters()}
+    unfreezing = LayerwiseUnfreezing()
+    trainer([unfreezing], max_epochs=2).fit(module)
+    assert list(unfreezing.layers) == ["above the blocks", "blocks.1", "blocks.0"]
+    assert all("lora" in name for name in [*unfreezing.layers["blocks.1"], *unfreezing.layers["blocks.0"]])
+    moved = {name for name, own in module.named_parameters() if not torch.equal(own, first[name])}
+    assert moved == {"head.weight", "head.bias", *unfreezing.layers["blocks.1"]}
