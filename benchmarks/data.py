@@ -26,6 +26,7 @@ from lightning_tricks.data import (
     TricksDataLoader,
     report,
 )
+from lightning_tricks.data._plan import RankBatches
 from lightning_tricks.functional.packing import pack_best_fit
 from lightning_tricks.recipes import TextClassificationData, TextClassifier
 
@@ -35,7 +36,7 @@ BATCH, BUDGET, RANKS = 32, 4096, 8
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--texts", type=int, default=96, help="trained with each kind of batches")
+    parser.add_argument("--batches", type=int, default=8, help="of each kind that are trained with")
     parser.add_argument("--parts", nargs="*", help="measure these alone, and keep the rest of the file")
     parser.add_argument("--output", type=Path, default=_report.RESULTS / "data.json")
     options = parser.parse_args()
@@ -48,9 +49,9 @@ def main():
         "ordering": lambda: ordering(size),
         "packing": lambda: packing(size // 10, size),
         "balancing": lambda: balancing(size),
-        "normalizing": lambda: normalizing(size // 10),
+        "normalizing": lambda: normalizing(size),
         "loader": overhead,
-        "training": lambda: training(options.texts),
+        "training": lambda: training(options.batches),
     }
     found = json.loads(options.output.read_text())["findings"] if options.parts else {}
     for name in options.parts or parts:
@@ -152,8 +153,8 @@ def grouped(lengths, ranks):
     return DataReport(order, np.full(parts.shape[:2], BATCH), parts.max(2), parts.sum(2))
 
 
-def training(texts):
-    """CPU time per text of MiniLM's forward and backward passes, on batches spread over the costs of an epoch."""
+def training(count):
+    """CPU time per text of MiniLM's forward and backward passes, from batches of all costs, by turns."""
     data, loader = review_data()
     lengths = np.array([len(sample["input_ids"]) for sample in loader.dataset])
     samplers = {
@@ -162,29 +163,37 @@ def training(texts):
     }
     torch.manual_seed(0)
     model = TextClassifier(data.labels, class_counts=data.class_counts, tuning="full").train()
-    orders = {"random": loader.order, **samplers}
-    spent = {name: seconds_per_text(model, loader, order, texts) for name, order in orders.items()}
+    chosen = {name: spread(order, lengths, count) for name, order in {"random": loader.order, **samplers}.items()}
+    step(model, loader, chosen["batch 32"][0][0][:4])
+    spent = dict.fromkeys(chosen, 0.0)
+    for turn in range(count):
+        for name, batches in chosen.items():
+            part, texts = batches[turn]
+            begin = time.process_time()
+            step(model, loader, part)
+            spent[name] += (time.process_time() - begin) / texts
     found = {name: {"ms_per_text": round(1e3 * value, 1)} for name, value in spent.items()}
     for name in samplers:
         found[name]["times"] = round(spent["random"] / spent[name], 2)
-    return {**found, "texts_of_each": texts, "goal": "3 and 4.5 times"}
+    return {**found, "batches_of_each": count, "goal": "3 and 4.5 times"}
 
 
-def seconds_per_text(model, loader, order, texts):
-    """Every so manieth batch of the epoch in the order of costs, weighed as it occurs."""
+def spread(order, lengths, count):
+    """Batches from the middles of `count` parts of the epoch of equal cost, each part all of batches of like cost.
+
+    With each, what its seconds are divided by to give its share of those of one text. A few dear batches of long texts
+    are a large part of an epoch's time, which an equal share of the batches would miss.
+    """
     plan = order.plan(1, order.limit)
-    batches = sorted((plan.part(step, 0, 1) for step in range(len(plan))), key=lambda part: cost(loader, part))
-    count = max(3, round(texts / np.mean([len(part) for part in batches])))
-    chosen = [batches[int((place + 0.5) * len(batches) / count)] for place in range(count)]
-    step(model, loader, chosen[0][:4])
-    begin = time.process_time()
-    for part in chosen:
-        step(model, loader, part)
-    return (time.process_time() - begin) / sum(map(len, chosen))
+    batches = sorted((plan.part(step_, 0, 1) for step_ in range(len(plan))), key=lambda part: cost(lengths, part))
+    costs = np.array([cost(lengths, part) for part in batches])
+    middles = (np.arange(count) + 0.5) / count * costs.sum()
+    places = np.searchsorted(np.cumsum(costs), middles)
+    return [(batches[place], len(lengths) * costs[place] / (costs.sum() / count)) for place in places]
 
 
-def cost(loader, part):
-    return len(part) * max(len(loader.dataset[int(sample)]["input_ids"]) for sample in part)
+def cost(lengths, part):
+    return len(part) * int(lengths[part].max())
 
 
 def step(model, loader, part):
@@ -222,16 +231,15 @@ def one_at_a_time(lengths, capacity):
 
 
 def balancing(count):
-    """An epoch's draw, against WeightedRandomSampler."""
+    """An epoch's batches of indices, as a loader takes them, against WeightedRandomSampler's."""
     labels = np.random.default_rng(0).choice(3, count, p=[0.7, 0.25, 0.05]).astype(np.uint8)
     weights = torch.from_numpy((1 / np.bincount(labels))[labels])
     sampler = ClassBalancedSampler(labels, strategy=[1, 1, 1], batch_size=BATCH)
     other = WeightedRandomSampler(weights, count)
 
     def own():
-        plan = sampler.plan(1, BATCH)
-        for step_ in range(len(plan)):
-            plan.part(step_, 0, 1).tolist()
+        for _ in RankBatches(sampler, ((1, BATCH, 0),), 0):
+            pass
 
     def theirs():
         batch = []

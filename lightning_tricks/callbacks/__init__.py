@@ -21,6 +21,7 @@ from lightning_tricks.callbacks.checkpoint_ensemble import CheckpointEnsemble
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.gradient_clipping import GradientClipping
 from lightning_tricks.callbacks.gradient_norm_monitor import GradientNormMonitor
+from lightning_tricks.callbacks.layerwise_unfreezing import LayerwiseUnfreezing
 from lightning_tricks.callbacks.learning_rate_schedule import LearningRateSchedule
 from lightning_tricks.callbacks.non_finite_guard import NonFiniteGuard
 from lightning_tricks.callbacks.sequence_length_warmup import SequenceLengthWarmup
@@ -48,6 +49,7 @@ __all__ = [
     "InverseSquareRoot",
     "LAWA",
     "LastK",
+    "LayerwiseUnfreezing",
     "LearningRatePolicy",
     "LearningRateSchedule",
     "Linear",

@@ -8,14 +8,14 @@ from lightning.pytorch import LightningModule
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import is_glob
 
-__all__ = ["none_selected", "selected", "trained_names"]
+__all__ = ["none_selected", "plain_name", "selected", "trained_names"]
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def trained_names(module: LightningModule) -> list[str]:
     """The names of the parameters in training, as the plain module has them."""
-    return [_plain(name) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def selected(pattern: str, names: Iterable[str]) -> list[str]:
@@ -41,7 +41,8 @@ def _is_in(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) if is_glob(pattern) else name == pattern or name.startswith(f"{pattern}.")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without the wrappers' parts."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

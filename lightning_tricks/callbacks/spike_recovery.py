@@ -59,7 +59,9 @@ class SpikeRecovery(TrickCallback):
         Chowdhery et al.: PaLM: Scaling Language Modeling with Pathways (JMLR 2023), section 5.1, arXiv:2204.02311.
     """
 
-    trick: ClassVar[Trick] = Trick(jobs=("recover from spikes",), needs=("capture_state", "restore_state"))
+    trick: ClassVar[Trick] = Trick(
+        jobs=("recover from spikes",), needs=("capture_state", "restore_state", "unscaled_loss")
+    )
 
     def __init__(
         self, *, threshold: float = 8.0, window: int = 100, every_n_steps: int = 100, max_attempts: int = 3
@@ -89,8 +91,9 @@ class SpikeRecovery(TrickCallback):
             self._keep_this_alone(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note the loss on the device."""
-        self._loss.append(loss.detach().float().mean())
+        """Note the loss on the device, as the module returned it: Lightning has divided and scaled this one."""
+        whole = self.engine.unscaled_loss(loss.detach().float()).mean() * trainer.accumulate_grad_batches
+        self._loss.append(whole)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

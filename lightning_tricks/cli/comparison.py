@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from lightning_tricks.callbacks import CheckpointEnsemble, EarlyStopping, FixedNorm, GradientClipping, TopK
 from lightning_tricks.cli.recorder import Recorder
+from lightning_tricks.cli.stopwatch import Stopwatch
 from lightning_tricks.data.loader import TricksDataLoader
 from lightning_tricks.data.tokens import TokenDataset
 from lightning_tricks.recipes import TextClassificationData, TextClassifier
@@ -47,13 +48,25 @@ class Budget:
         """Steps between two validations."""
         return self.steps // self.validations
 
-    def data(self, seed: int) -> TextClassificationData:
+    @property
+    def tokens(self) -> int:
+        """What a step of this many of the longest texts holds: the token budget of the rows that go by it."""
+        return self.batch_size * self.max_length
+
+    def data(self, seed: int, *, by_tokens: bool = False) -> TextClassificationData:
         """The review corpus, cut to this budget.
 
         Args:
             seed: of the split and of the training order.
+            by_tokens: whether training batches go by `tokens`, not by `batch_size`.
         """
-        return _Reviews(batch_size=self.batch_size, max_length=self.max_length, limit=self.limit, seed=seed)
+        return _Reviews(
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            max_tokens=self.tokens if by_tokens else None,
+            limit=self.limit,
+            seed=seed,
+        )
 
 
 class _Reviews(TextClassificationData):
@@ -75,12 +88,14 @@ class Row:
         tuning: what is trained, as in `TextClassifier`.
         class_weighting: `balanced` or `none`.
         tricks: whether gradient clipping, checkpoint ensemble and early stopping are added.
+        by_tokens: whether batches are of like length within a token budget.
     """
 
     name: str
     tuning: Literal["head", "lora"]
     class_weighting: Literal["balanced", "none"] = "none"
     tricks: bool = False
+    by_tokens: bool = False
 
 
 @dataclasses.dataclass
@@ -92,6 +107,9 @@ class Result:
         learning_rate: the highest one.
         metrics: on the test split: `accuracy`, `macro_f1`, `recall_<label>`, `loss`.
         seconds: of training, validations included.
+        training_seconds: the same without the validations.
+        cpu_seconds: of this process, in the same time.
+        texts: trained on.
         steps: optimizer steps taken; early stopping may take fewer.
         trainable: parameters.
         checkpoint_bytes: of the weights as a checkpoint.
@@ -103,11 +121,19 @@ class Result:
     learning_rate: float
     metrics: dict[str, float]
     seconds: float
+    training_seconds: float
+    cpu_seconds: float
+    texts: int
     steps: int
     trainable: int
     checkpoint_bytes: int
     clip: float | None
     curves: dict[str, list[tuple[int, float]]]
+
+    @property
+    def texts_per_second(self) -> float:
+        """Of training, without the validations."""
+        return self.texts / self.training_seconds
 
 
 FULL = Budget(steps=200, validations=4, batch_size=16, max_length=48)
@@ -118,6 +144,7 @@ ROWS = (
     Row("LoRA", "lora"),
     Row("LoRA + class weights", "lora", "balanced"),
     Row("… + clip, ensemble, stop", "lora", "balanced", tricks=True),
+    Row("… + token budget", "lora", "balanced", tricks=True, by_tokens=True),
 )
 
 
@@ -129,7 +156,7 @@ def train(
     Args:
         row: which tricks.
         budget: how long.
-        data: the same for every row.
+        data: the same for every row, but for how batches are cut.
         seed: of the head's and the adapters' first values, and of dropout.
         folder: for its checkpoints.
         watch: a callback that shows the progress.
@@ -142,8 +169,8 @@ def train(
     ensemble = CheckpointEnsemble(TopK(3, monitor=MONITOR), dirpath=folder / "ensemble")
     stopping = EarlyStopping(MONITOR, patience=2, dirpath=folder / "best")
     tricks: list[Callback] = [GradientClipping(FixedNorm(CLIP)), ensemble, stopping] if row.tricks else []
-    recorder = Recorder()
-    trainer = _trainer(budget, folder, recorder, [*tricks, watch])
+    recorder, stopwatch = Recorder(), Stopwatch()
+    trainer = _trainer(budget, folder, recorder, [*tricks, watch, stopwatch])
     start = time.perf_counter()
     trainer.fit(model, datamodule=data)
     seconds, steps = time.perf_counter() - start, trainer.global_step
@@ -154,6 +181,9 @@ def train(
         learning_rate=lr,
         metrics={name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items()},
         seconds=seconds,
+        training_seconds=stopwatch.seconds,
+        cpu_seconds=stopwatch.cpu_seconds,
+        texts=stopwatch.texts,
         steps=steps,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         checkpoint_bytes=checkpoint.stat().st_size,

@@ -1,4 +1,4 @@
-"""`demo`: fine-tune a real transformer four ways on the same texts and budget, and compare."""
+"""`demo`: fine-tune a real transformer five ways on the same texts and budget, and compare."""
 
 import logging
 import time
@@ -37,32 +37,33 @@ def demo(arguments: list[str]) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     console, budget, start = Console(highlight=False), QUICK if options.quick else FULL, time.perf_counter()
     console.print(f"Fine-tuning a transformer on film reviews {len(ROWS)} ways, {budget.steps} steps each.")
-    data = budget.data(options.seed)
+    data = [budget.data(options.seed, by_tokens=by_tokens) for by_tokens in (False, True)]
     results = _run(budget, data, options, console)
     if results:
-        _report(results, budget, data, options, console)
+        _report(results, budget, data[0], options, console)
     console.print(f"{time.perf_counter() - start:.0f} seconds in all.")
     return 0 if len(results) == len(ROWS) else INTERRUPTED
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser("lightning-tricks demo", description="Fine-tune a real transformer four ways and compare.")
+    parser = ArgumentParser("lightning-tricks demo", description="Fine-tune a real transformer five ways and compare.")
     parser.add_argument("--quick", action="store_true", help="fewer texts and steps: under a minute")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the order and the first weights (0)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (runs/demo)")
     return parser
 
 
-def _run(budget: Budget, data: TextClassificationData, options: Namespace, console: Console) -> list[Result]:
+def _run(budget: Budget, data: list[TextClassificationData], options: Namespace, console: Console) -> list[Result]:
     results: list[Result] = []
     try:
-        data.prepare_data()  # shows its own progress, the first time
+        data[0].prepare_data()  # shows its own progress, the first time
         with warnings.catch_warnings(), progress_display(console) as display:
             warnings.simplefilter("ignore")  # Lightning's advice would tear the progress display apart
             tasks = [display.add_task(row.name, start=False, total=budget.steps, state="waiting") for row in ROWS]
             for number, (row, task) in enumerate(zip(ROWS, tasks, strict=True), 1):
                 folder, watch = options.output / f"row_{number}", RowProgress(display, task)
-                results.append(train(row, budget, data, seed=options.seed, folder=folder, watch=watch))
+                own = data[row.by_tokens]
+                results.append(train(row, budget, own, seed=options.seed, folder=folder, watch=watch))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C during a fit into SystemExit
         console.print("Interrupted: this is what was finished.")
     return results

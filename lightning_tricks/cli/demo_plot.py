@@ -9,7 +9,7 @@ from lightning_tricks.errors import MissingDependencyError
 
 __all__ = ["plot"]
 
-COLOURS = ("#8c8c8c", "#4477aa", "#228833", "#cc6677")  # told apart without red-green vision, and in grey
+COLOURS = ("#8c8c8c", "#4477aa", "#228833", "#cc6677", "#aa8800")  # told apart without red-green vision, and in grey
 WINDOW = 10  # steps that a point of the loss curve averages
 
 

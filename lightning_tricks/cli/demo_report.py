@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import lightning_tricks
@@ -18,22 +19,24 @@ __all__ = ["hardware", "table", "write_json"]
 
 
 def table(results: list[Result], rarest: str) -> Table:
-    """What each row came to on the test split, the best value of each score in bold.
+    """What each row came to on the test split, the best value of each score in bold; and what it took to train.
 
     Args:
         results: of the rows that are finished.
         rarest: the label of the class with the fewest training texts.
     """
-    found = Table(title="Held-out test split")
+    # Eighty columns wide, with what the rows are called and all of their figures.
+    found = Table(title="Held-out test split", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     found.add_column("", no_wrap=True)
     scores = {"accuracy": "accu-\nracy", "macro_f1": "macro-\nF1", f"recall_{rarest}": f"recall\n“{rarest}”"}
-    for heading in (*scores.values(), "sec-\nonds", "train-\nable", "check-\npoint kB"):
+    for heading in (*scores.values(), "sec-\nonds", "texts\n/ sec.", "train-\nable", "check-\npoint kB"):
         found.add_column(heading, justify="right")
     best = {name: max(result.metrics[name] for result in results) for name in scores}
     for result in results:
         cells = [_score(result.metrics[name], best[name]) for name in scores]
         size = f"{result.checkpoint_bytes / 1e3:,.0f}"
-        found.add_row(result.name, *cells, f"{result.seconds:.0f}", f"{result.trainable:,}", size)
+        speed = f"{result.texts_per_second:.0f}"
+        found.add_row(result.name, *cells, f"{result.seconds:.0f}", speed, f"{result.trainable:,}", size)
     return found
 
 

@@ -1,5 +1,7 @@
 """Loaders that resume exactly and read the user's files, also those larger than memory."""
 
+from lightning_tricks.data.augmentations import Augmentation, BackTranslation, MaskedReplacement, Paraphrase
+from lightning_tricks.data.augmenting import AugmentReport, augment
 from lightning_tricks.data.bucketing import bucketed
 from lightning_tricks.data.class_balance import ClassBalancedSampler
 from lightning_tricks.data.class_counts import count_classes
@@ -17,6 +19,9 @@ from lightning_tricks.data.sources import Block, ShardedSource
 from lightning_tricks.data.streaming import StreamingSampler
 
 __all__ = [
+    "AugmentReport",
+    "Augmentation",
+    "BackTranslation",
     "Block",
     "ClassBalancedSampler",
     "DataReport",
@@ -25,12 +30,15 @@ __all__ = [
     "IterableSource",
     "LengthBucketSampler",
     "LitDataSource",
+    "MaskedReplacement",
     "PackedDataset",
+    "Paraphrase",
     "ParquetSource",
     "SequencePacker",
     "ShardedSource",
     "StreamingSampler",
     "TricksDataLoader",
+    "augment",
     "bucketed",
     "count_classes",
     "measure_lengths",

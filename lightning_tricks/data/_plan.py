@@ -11,6 +11,8 @@ from lightning_tricks.functional.batching import share_out
 
 __all__ = ["Plan", "RankBatches", "Segment", "StepOrder", "Steps", "check_whole", "continued"]
 
+BLOCK = 1 << 14  # samples, about, whose steps are looked up together
+
 # Of an epoch, what was trained on the same ranks: how many ranks, samples or tokens per rank, steps taken.
 Segment = tuple[int, int, int]
 
@@ -22,6 +24,9 @@ class Steps(Protocol):
 
     def part(self, step: int, rank: int, world: int) -> np.ndarray:
         """A rank's samples in a step."""
+
+    def batches(self, rank: int, world: int, step: int = 0) -> Iterator[list[int]]:
+        """A rank's samples in `step` and all after it."""
 
     def rest(self, step: int) -> np.ndarray:
         """The samples of `step` and all after it."""
@@ -67,6 +72,33 @@ class Plan:
         size, larger = divmod(stop - start, world)
         first = start + place * size + min(place, larger)
         return self.order[first : first + size + (place < larger)]
+
+    def batches(self, rank: int, world: int, step: int = 0) -> Iterator[list[int]]:
+        """A rank's parts of `step` and all after it, as lists: `part` for many steps at a time."""
+        together = max(1, BLOCK * len(self) // max(1, len(self.order)))
+        for begin in range(step, len(self), together):
+            block = range(begin, min(begin + together, len(self)))
+            if self.costs is not None and world > 1:
+                for each in block:
+                    yield self.part(each, rank, world).tolist()
+                continue
+            firsts, lasts = self._bounds(block, rank, world)
+            low, high = int(firsts[0]), int(lasts[-1])
+            if world == 1 and bool((firsts[1:] == lasts[:-1]).all()):  # one after the other: a single list is cut up
+                samples = self.order[low:high].tolist()
+                for first, last in zip((firsts - low).tolist(), (lasts - low).tolist(), strict=True):
+                    yield samples[first:last]
+                continue
+            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                yield self.order[first:last].tolist()
+
+    def _bounds(self, block: range, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where a rank's parts of some steps begin and end in the order."""
+        starts, stops = self.starts[block.start : block.stop], self.stops[block.start : block.stop]
+        place = (rank + np.arange(block.start, block.stop)) % world if self.rotate else np.full(len(block), rank)
+        sizes, larger = np.divmod(stops - starts, world)
+        firsts = starts + place * sizes + np.minimum(place, larger)
+        return firsts, firsts + sizes + (place < larger)
 
     def rest(self, step: int) -> np.ndarray:
         """The samples of `step` and all after it."""
@@ -169,8 +201,7 @@ class RankBatches:
     def __iter__(self) -> Iterator[list[int]]:
         world, _, start = self.segments[-1]
         plan, _ = continued(self.sampler, self.segments)
-        for step in range(start, len(plan)):
-            yield plan.part(step, self.rank, world).tolist()
+        yield from plan.batches(self.rank, world, start)
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

@@ -11,7 +11,7 @@ from lightning_tricks.data._plan import StepOrder, Steps, check_whole
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.engines import Trick
 from lightning_tricks.errors import DataError, MisconfigurationError
-from lightning_tricks.functional.batching import shuffled_indices
+from lightning_tricks.functional.batching import shuffled
 
 __all__ = ["ClassBalancedSampler"]
 
@@ -161,7 +161,7 @@ class ClassBalancedSampler:
         whole, part = divmod(wanted, len(members)) if wanted else (0, 0)
         if not part:
             return np.tile(members, whole)
-        turn = members[shuffled_indices(len(members), (self.seed, epoch or 0, index, 1))]
+        turn = shuffled(members, (self.seed, epoch or 0, index, 1))
         if self._within is None:
             return np.concatenate([np.tile(members, whole), turn[:part]])
         # Every so manieth of the class in the order of lengths: each as likely as the others, and about as long
@@ -186,7 +186,7 @@ class _Drawn(PlainOrder):
 
     def indices(self) -> np.ndarray:
         drawn = self._sampler.draw(self.epoch)
-        return np.asarray(drawn[shuffled_indices(len(drawn), (self.seed, self.epoch))])
+        return shuffled(drawn, (self.seed, self.epoch))
 
 
 def _checked(labels: Any, classes: int | None) -> np.ndarray:

@@ -11,12 +11,13 @@ from lightning_tricks.data._order import does_not_fit
 from lightning_tricks.data._plan import Plan, check_whole
 from lightning_tricks.data._tails import gather_tails
 from lightning_tricks.errors import DataError, MisconfigurationError
-from lightning_tricks.functional.batching import cut_steps, deal_to_windows, shuffled_indices, split_steps
+from lightning_tricks.functional.batching import cut_steps, shuffle_to_windows, shuffled_indices, split_steps
 
 __all__ = ["Draw", "LengthBucketSampler"]
 
 SLACK = 100  # a hundredth of an epoch's steps to spare, which lets every epoch have the same number of them
 LONGEST = 1 << 62
+VERSION = 2  # of the order: one more whenever the same options give another
 
 
 class Draw(Protocol):
@@ -37,16 +38,16 @@ class LengthBucketSampler:
     `max_tokens` a batch's samples times its longest padded one stay within the budget, and ranks hold as many as make
     that product as equal as it goes: a loss then needs its global count (`LossNormalizationMixin`).
 
-    Every epoch takes every sample once, in the same number of steps: where a shuffle needs fewer, steps of many short
-    samples are split; where it needs more, that epoch's windows are wider. The order is a pure function of (seed,
+    Every epoch takes every sample once, in the same number of steps: where a shuffle needs fewer, the steps that
+    pad most are split; where it needs more, that epoch's windows are wider. The order is a pure function of (seed,
     epoch), the same on every platform.
 
     Args:
         lengths: of each sample of the dataset, 1 or more; `measure_lengths` measures them.
         batch_size: samples per rank and step, 32 unless `max_tokens` is given.
         max_tokens: padded tokens per rank and step, instead of `batch_size`.
-        window: batches that are sorted together, per rank; 1 does not sort beyond a batch, 100 pads little, more pads
-            hardly less and shuffles less.
+        window: about how many batches are sorted together, per rank; 1 does not sort beyond a batch, 100 pads little,
+            more pads hardly less and shuffles less.
         seed: of the order, at least 0.
         pad_to: the batch's length is rounded up to a multiple of this, or to the next of a few lengths; give the
             collator the same.
@@ -126,7 +127,7 @@ class LengthBucketSampler:
         """
         if (world, limit) not in self._known_steps:
             samples = self._samples(0)
-            sizes = self._cut(samples, (self.seed, 0), self._width(world, limit), world, limit)[1]
+            sizes = self._cut(samples, (self.seed, 0), self._width(len(samples), world, limit), world, limit)[1]
             least = len(sizes) + (len(sizes) // SLACK if self.by_tokens else 0)
             if self._draw is not None:
                 longest = self._draw.longest_draw()
@@ -155,7 +156,7 @@ class LengthBucketSampler:
         key = (self.seed, self.epoch, *([segment] if segment else []))
         if wanted < 1 or len(found) < wanted * world:
             raise MisconfigurationError(does_not_fit(len(found), wanted, world))
-        width = self._width(world, limit)
+        width = self._width(len(found), world, limit)
         while True:
             order, sizes = self._cut(found, key, width, world, limit)
             if len(sizes) <= wanted <= int((sizes // world).sum()):
@@ -163,7 +164,8 @@ class LengthBucketSampler:
             if width >= len(found):
                 raise MisconfigurationError(does_not_fit(len(found), wanted, world))
             width *= 2  # fewer partial steps, at the ends of windows
-        sizes = split_steps(sizes, wanted, world)
+        if len(sizes) < wanted:
+            sizes = split_steps(sizes, wanted, world, self._saved_by_halving(order, sizes))
         stops = np.cumsum(sizes)
         turn = shuffled_indices(wanted, (*key, wanted))
         costs = self.costs if self.by_tokens else None
@@ -197,6 +199,7 @@ class LengthBucketSampler:
             "window": self.window,
             "by": by,
             "too_long": self.too_long,
+            "order's version": VERSION,
             "fingerprint of the lengths": f"{content:08x}",
         }
 
@@ -206,19 +209,27 @@ class LengthBucketSampler:
         other.__dict__.update(self.__dict__, _draw=draw, _known_steps={})
         return other
 
-    def _samples(self, epoch: int) -> np.ndarray:
+    def _samples(self, epoch: int) -> np.ndarray | range:
         if self._draw is not None:
             return self._draw.draw(epoch)
-        return np.arange(self.samples, dtype=np.uint32) if self.kept is None else self.kept
+        return range(self.samples) if self.kept is None else self.kept
 
     def _samples_per_rank(self, limit: int) -> int:
         return max(1, round(limit / self._mean)) if self.by_tokens else limit
 
-    def _width(self, world: int, limit: int) -> int:
-        return self.window * world * self._samples_per_rank(limit)
+    def _width(self, samples: int, world: int, limit: int) -> int:
+        """Samples to a window, of whole steps. All are about as wide: a short one at the end would pad more."""
+        step = world * self._samples_per_rank(limit)
+        windows = max(1, round(samples / (self.window * step)))
+        return step if self.window == 1 else -(-samples // (windows * step)) * step
+
+    def _saved_by_halving(self, order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Padding of each step that goes when it is halved."""
+        starts, half = np.cumsum(sizes) - sizes, sizes // 2
+        return np.asarray((self.costs[order[starts]].astype(np.int64) - self.costs[order[starts + half]]) * half)
 
     def _cut(
-        self, samples: np.ndarray, key: tuple[int, ...], width: int, world: int, limit: int
+        self, samples: np.ndarray | range, key: tuple[int, ...], width: int, world: int, limit: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The order, and the sizes of the steps in it, each of at least `world` samples."""
         if len(samples) < world:
@@ -226,9 +237,8 @@ class LengthBucketSampler:
                 f"{len(samples)} sample(s) cannot give each of {world} devices a batch. Use at most {len(samples)}"
                 " devices, or more samples."
             )
-        turn = shuffled_indices(len(samples), key)
-        order = turn if len(samples) == self.samples and self._draw is None else samples[turn]
-        order = deal_to_windows(order, self.costs, width)
+        costs = self.costs if isinstance(samples, range) else self.costs[samples]
+        order, costs = shuffle_to_windows(samples, costs, key, width)
         per_rank, budget = (None, limit) if self.by_tokens else (limit, None)
-        sizes = cut_steps(self.costs[order], width, world, per_rank=per_rank, budget=budget)
+        sizes = cut_steps(costs, width, world, per_rank=per_rank, budget=budget)
         return gather_tails(order, sizes, self.costs, world, per_rank=per_rank, budget=budget)

@@ -134,7 +134,8 @@ class FeatureNormalizer(nn.Module):
         if rows.ndim < 1 or rows.shape[-1] != self.features:
             raise DataError(f"A batch has shape {tuple(rows.shape)}, whose last dimension is not {self.features}.")
         rows = rows.reshape(-1, self.features)
-        if rows.isinf().any():
+        # A sum is many times as quick as a look at each value, and finite if they are.
+        if not rows.sum(0).isfinite().all() and rows.isinf().any():
             raise DataError(f"Feature {int(rows.isinf().any(0).nonzero()[0])} has an infinite value. Make it NaN.")
         return rows
 

@@ -3,6 +3,7 @@
 from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._aside import aside, is_aside
 from lightning_tricks.engines._average import average_stored, newest_of, refuse_other_meaning, refuse_other_weights
+from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._capabilities import Capability, Refusal, capabilities
 from lightning_tricks.engines._check import check, check_before_fit
 from lightning_tricks.engines._consolidate import consolidate
@@ -55,6 +56,7 @@ __all__ = [
     "check_before_fit",
     "consolidate",
     "engine_of",
+    "find_blocks",
     "gather_over_ranks",
     "inspect_checkpoint",
     "is_aside",

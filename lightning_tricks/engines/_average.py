@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_tricks.engines._stored import Stored, write_checkpoint
@@ -19,6 +20,7 @@ _MEANING = (
     *("name", "model_name", "model_name_or_path", "pretrained_model_name_or_path"),
 )
 _GROUPS = ("hyper_parameters", "datamodule_hyper_parameters")
+_PART = 2**18  # elements that stay in a core's cache while they are read, summed and divided
 _KEPT = ("epoch", "global_step", "pytorch-lightning_version", "hparams_name", "datamodule_hparams_name", *_GROUPS)
 
 
@@ -41,11 +43,28 @@ def average_stored(members: Sequence[Stored], weights: Sequence[float], out: Pat
     def entries() -> Iterator[tuple[str, Tensor]]:
         for name, (dtype, _) in newest.layout.items():
             if dtype.is_floating_point or dtype.is_complex:
-                yield name, weighted_mean((member.tensor(name) for member in members), weights)
+                yield name, _mean_of(members, name, weights)
             else:
                 yield name, newest.tensor(name)
 
     write_checkpoint(out, newest.layout, entries(), {**rest, "lightning_tricks": record})
+
+
+def _mean_of(members: Sequence[Stored], name: str, weights: Sequence[float]) -> Tensor:
+    wholes = [member.weights[name] for member in members]
+    if any(whole.fill is None for whole in wholes):
+        return weighted_mean((member.tensor(name) for member in members), weights)
+    mean = torch.empty(wholes[0].shape, dtype=wholes[0].dtype)
+    for start in range(0, mean.numel(), _PART):
+        part = mean.view(-1)[start : start + _PART]
+        # They are read to where their mean will be: the first is copied before the second comes.
+        part.copy_(weighted_mean((_read(member, name, part, start) for member in members), weights))
+    return mean
+
+
+def _read(member: Stored, name: str, part: Tensor, start: int) -> Tensor:
+    member.elements_into(name, part, start)
+    return part
 
 
 def newest_of(members: Sequence[Stored]) -> Stored:

@@ -130,6 +130,20 @@ class BaseEngine(LiveEngine, ABC):
             self._norms[optimizer] = (known, norm * factor)
         self._scale(optimizer, factor)
 
+    def leave_out(self, optimizer: Optimizer, names: Sequence[str]) -> None:
+        """Let this step pass by these parameters."""
+        _refuse_closures(optimizer)
+        if self._norms.get(optimizer, (-1, None))[0] == self._trainer.global_step:
+            raise MisconfigurationError(
+                "a callback asked for the norm of gradients before another left a part of them out of this step: put"
+                " the one that leaves out first in `Trainer(callbacks=...)`."
+            )
+        self._leave_out(optimizer, self._members({"": names})[0])
+
+    def awaits_gradients(self) -> bool:
+        """Whoever reduces gradients over ranks does."""
+        return True
+
     def veto_step(self, optimizer: Optimizer) -> None:
         """Drop this step, once, on all ranks."""
         self.gradient_norm(optimizer)  # whoever asks later in this step gets the norm of the gradients as they were
@@ -189,6 +203,9 @@ class BaseEngine(LiveEngine, ABC):
     def _scale(self, optimizer: Optimizer, factor: float) -> None: ...
 
     @abstractmethod
+    def _leave_out(self, optimizer: Optimizer, parameters: list[Tensor]) -> None: ...
+
+    @abstractmethod
     def _veto(self, optimizer: Optimizer) -> None: ...
 
     @abstractmethod
@@ -198,6 +215,10 @@ class BaseEngine(LiveEngine, ABC):
     @abstractmethod
     def scales_loss(self) -> bool:
         """Whether fp16 scales the loss, and drops steps by itself."""
+
+    def unscaled_loss(self, loss: Tensor) -> Tensor:
+        """As it is, where Lightning does not scale it."""
+        return loss
 
 
 def _refuse_closures(optimizer: Optimizer) -> None:

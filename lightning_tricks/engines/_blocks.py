@@ -15,8 +15,8 @@ def find_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]
     wanted = set(names) or {
         name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()
     }
-    found = [part for part in module.modules() if type(part).__name__ in wanted and part is not module]
-    missing = set(names) - {type(part).__name__ for part in found}
+    found = [part for part in module.modules() if _class_name(part) in wanted and part is not module]
+    missing = set(names) - {_class_name(part) for part in found}
     if missing:
         present = sorted({type(part).__name__ for part in module.modules()} - {type(module).__name__})
         raise MisconfigurationError(
@@ -24,6 +24,12 @@ def find_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]
             f"{', '.join(present)}."
         )
     return [block for block in outermost(found or list(_repeated(module))) if _owns_its_parameters(block, module)]
+
+
+def _class_name(part: nn.Module) -> str:
+    """The class's own name, also of a part that FSDP2 has sharded, to which it gave a class of its making."""
+    kind, *bases = type(part).__mro__
+    return bases[1].__name__ if bases[0].__name__ == "FSDPModule" else kind.__name__
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:

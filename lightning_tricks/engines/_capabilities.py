@@ -86,6 +86,20 @@ _METHODS = {
         "multiplies shards in place",
         "multiplies the fp32 gradients within the step, before it clips",
     ),
+    "leave_out": (
+        "before a step",
+        "all ranks alike",
+        "takes their gradients away",
+        "as on one device",
+        "zeroes their gradients and skips their flat pieces, which must be whole parameter groups",
+    ),
+    "awaits_gradients": (
+        "once training runs",
+        "no",
+        "no; under DDP yes",
+        "yes",
+        "yes",
+    ),
     "veto_step": (
         "before a step",
         "all ranks or none",
@@ -106,6 +120,13 @@ _METHODS = {
         "whether a gradient scaler is at work",
         "as on one device",
         "whether DeepSpeed trains in fp16",
+    ),
+    "unscaled_loss": (
+        "in `on_before_backward`",
+        "no",
+        "divided by the scaler's scale",
+        "as on one device",
+        "as it is: DeepSpeed scales later",
     ),
     "named_full_weights": (
         "between steps",

@@ -91,6 +91,9 @@ class DeepSpeedEngine(BaseEngine):
     def _scale(self, optimizer: Optimizer, factor: float) -> None:
         self._step_gradients().scale(factor)
 
+    def _leave_out(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        self._step_gradients().leave_out(parameters)
+
     def _veto(self, optimizer: Optimizer) -> None:
         self._step_gradients().veto()
 

@@ -1,7 +1,7 @@
 """FSDP2 as a Lightning strategy that shards a plain LightningModule by itself."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ from lightning_tricks.engines._batch_norm import normalisations_with_statistics
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._checkpoint_values import parts_of, write_parts
+from lightning_tricks.engines._fsdp2_states import asked_for_what_it_holds, refuse_half_a_state
 from lightning_tricks.engines._headline import log_headline
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._materialise import materialise, refuse_without_values
@@ -245,8 +246,10 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
             self.optimizers = []  # a past fit's: an evaluation reads weights alone
         try:
             with allow_hyper_parameters():
-                load = self._load_file if path.is_file() else super().load_checkpoint
-                return load(path, weights_only)
+                if path.is_file():
+                    return self._load_file(path, weights_only)
+                with asked_for_what_it_holds(self._required_module, path) if self.optimizers else nullcontext():
+                    return super().load_checkpoint(path, weights_only)
         finally:
             self.optimizers = kept
 
@@ -273,7 +276,10 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
                 f"{path} is a single file, whose optimizer state counts trained parameters only: FSDP2 cannot resume"
                 " from it beside frozen ones. Resume on one device, or from a folder that FSDP2 wrote."
             )
-        saved = set(torch.load(path, map_location="meta", weights_only=weights_only)["state_dict"])
+        checkpoint = torch.load(path, map_location="meta", weights_only=weights_only)
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            refuse_half_a_state(checkpoint, path)
+        saved = set(checkpoint["state_dict"])
         if strict and (differing := sorted(saved ^ set(module.state_dict()))):
             where = "module" if differing[0] in saved else "checkpoint"
             raise CheckpointError(

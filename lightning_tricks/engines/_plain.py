@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -66,6 +67,14 @@ class PlainEngine(BaseEngine):
         self._refuse_scaled_gradients(optimizer)
         multiply(gradients_of(optimizer), factor)
 
+    def _leave_out(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        for parameter in _trained_by(optimizer, parameters):
+            parameter.grad = None
+
+    def awaits_gradients(self) -> bool:
+        """Not on one device."""
+        return self.name != "one_device"
+
     def _veto(self, optimizer: Optimizer) -> None:
         """Without a gradient, an optimizer leaves a parameter, its moments and its step count alone."""
         for group in optimizer.param_groups:
@@ -85,6 +94,14 @@ class PlainEngine(BaseEngine):
         """Whether a gradient scaler is at work."""
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         return scaler is not None and bool(scaler.is_enabled())
+
+    def unscaled_loss(self, loss: Tensor) -> Tensor:
+        """Without what the scaler multiplied it by."""
+        if not self.scales_loss():
+            return loss
+        # `get_scale` would wait for the device.
+        scale: Tensor = self._trainer.precision_plugin.scaler.scale(torch.ones_like(loss))  # type: ignore[attr-defined]
+        return loss / scale
 
     def _call_training_step(self, *arguments: Any) -> None:
         """Past DDP, which would hand out rank 0's buffers."""

@@ -154,6 +154,32 @@ class Engine(Protocol):
             MisconfigurationError: if `factor` is not a finite number above 0.
         """
 
+    def leave_out(self, optimizer: Optimizer, names: Sequence[str]) -> None:
+        """Leave parameters out of this step: weights, moments and step counts stay, and no norm holds their gradients.
+
+        So weight decay does not move them either, and an optimizer's bias correction begins with their first step. An
+        optimizer must leave parameters without a gradient alone, as all of torch's do. Twice in a step adds up.
+
+        Live, inside `on_before_optimizer_step` of a real step, before anyone asks for a norm in it. On every rank, with
+        the same names. Communicates nothing. Costs a walk over the names; under ZeRO a pass over their gradients.
+
+        Args:
+            optimizer: whose step follows. Parameters of another one stay as they are.
+            names: the parameters, as `named_parameters()` gives them for the plain module.
+
+        Raises:
+            MisconfigurationError: if a name is no parameter of the module, a norm has been given in this step, or,
+                under ZeRO, the names are a part of what is stepped in one piece: a parameter group.
+        """
+
+    def awaits_gradients(self) -> bool:
+        """Whether a parameter that required a gradient when the fit was set up must require one in each backward pass.
+
+        Where it need not, as on one device, a trick can spare the computation of gradients that it would `leave_out`.
+
+        Live. Free.
+        """
+
     def veto_step(self, optimizer: Optimizer) -> None:
         """Drop this optimizer step: weights, moments and step counts stay as if it had not been, bit for bit.
 
@@ -179,6 +205,13 @@ class Engine(Protocol):
         """Whether fp16 scales the loss, so that a step whose scaled gradients overflow is dropped by the engine itself.
 
         Live. Free. Such a step has a `gradient_norm` that is not finite, and says nothing about its batch.
+        """
+
+    def unscaled_loss(self, loss: Tensor) -> Tensor:
+        """The loss that `on_before_backward` is given, without the scale of fp16.
+
+        Live, in `on_before_backward`, on any rank. Nothing waits for the device. Lightning's scaler multiplies the loss
+        before that hook, DeepSpeed's after it.
         """
 
     # -- weights: live, between steps --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ ZERO = ("zero_1", "zero_2", "zero_3")
 ENGINES = (*TORCH, *ZERO)
 _EDITS = ("clip_gradient_units", "clip_gradient_value", "scale_gradient_groups")
 _NORMS = ("clip_gradient_norm", *_EDITS, "gradient_norm", "gradient_norms", "scale_gradients", "veto_step")
+_STEPS = (*_NORMS, "leave_out")
 _SHARDS = (
     "capture_state",
     "load_shards",
@@ -19,7 +20,7 @@ _SHARDS = (
     "save_shards",
 )
 _WEIGHTS = ("load_weights", "named_full_weights", "save_weights")
-_ALL = (*_NORMS, *_WEIGHTS, *_SHARDS)
+_ALL = (*_STEPS, *_WEIGHTS, *_SHARDS)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Refusal:
 REFUSALS = {
     "closure": Refusal(
         ENGINES,
-        _NORMS,
+        _STEPS,
         "The gradient norm",
         "LBFGS",
         "one step evaluates several gradients",
@@ -76,9 +77,17 @@ REFUSALS = {
         "the gradients are swapped out before the step",
         "clip the norm of the whole, or offload to the CPU",
     ),
+    "nvme_left_out": Refusal(
+        ("zero_3",),
+        ("leave_out",),
+        "Leaving parameters out of a step",
+        "zero_3 that swaps to NVMe",
+        "the gradients are swapped out before the step",
+        "offload to the CPU",
+    ),
     "no_norm": Refusal(
         ("zero_1", "zero_2"),
-        _NORMS,
+        _STEPS,
         "The gradient norm",
         "ZeRO with `compute_grad_norm: false`",
         "its step asks for no norm, so nothing can be clipped or dropped there",
@@ -86,7 +95,7 @@ REFUSALS = {
     ),
     "private": Refusal(
         ZERO,
-        _NORMS,
+        _STEPS,
         "The gradient norm",
         "DeepSpeed {version}",
         "its {optimizer} has no `{name}`",

@@ -207,6 +207,7 @@ CIRCUMSTANCES: Mapping[str, tuple[Known, Callable[[Situation, InUse], Answer]]] 
     "fused_scaler": ("built", _fused),
     "nvme": ("setup", _on_nvme),
     "nvme_gradients": ("setup", _on_nvme),
+    "nvme_left_out": ("setup", _on_nvme),
 }
 
 _GENERIC = {"trick": "…", "other": "…", "engine": "…", "dtype": "bf16 or fp16", "mixed": "…-mixed"}

@@ -105,6 +105,10 @@ class Note:
         """The number of elements."""
         return math.prod(self.shape)
 
+    def is_flat(self) -> bool:
+        """Whether its elements lie in the file in their order."""
+        return self.stride == torch.empty(self.shape, device="meta").stride()
+
     def tensor(self) -> Tensor:
         """The whole tensor, in memory of its own."""
         if not self.numel():
@@ -115,8 +119,7 @@ class Note:
 
     def elements_into(self, values: Tensor, start: int) -> None:
         """Fill a vector with as many elements of this one, from `start` on."""
-        flat = self.stride == torch.empty(self.shape, device="meta").stride()
-        if not flat or not 0 <= start <= start + values.numel() <= self.numel():
+        if not self.is_flat() or not 0 <= start <= start + values.numel() <= self.numel():
             raise ValueError(
                 f"no {values.numel()} elements in a row from {start} on in a tensor of shape {list(self.shape)}"
             )

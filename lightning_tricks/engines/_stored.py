@@ -57,6 +57,19 @@ class Stored:
         with explained(self.path):
             return self.weights[name].read()
 
+    def elements_into(self, name: str, values: Tensor, start: int) -> None:
+        """Fill a vector with as many elements of a tensor that lies in one piece, from `start` on.
+
+        Raises:
+            CheckpointError: if they cannot be read.
+            ValueError: if the tensor has to be put together first (`weights[name].fill` is None).
+        """
+        fill = self.weights[name].fill
+        if fill is None:
+            raise ValueError(f"`{name}` cannot be read in parts")
+        with explained(self.path):
+            fill(values, start)
+
 
 def open_checkpoint(path: str | Path) -> Stored:
     """Open a checkpoint of any engine: its tensors are found, and read only when they are asked for.

@@ -17,6 +17,7 @@ Known = Literal["setup", "built", "data"]
 
 # Lightning's own callbacks that do the job of a trick, or that an engine has something to say about.
 _LIGHTNING = {
+    "BaseFinetuning": "freeze layers",
     "EarlyStopping": "stop early",
     "GradientAccumulationScheduler": "change the accumulation",
     "StochasticWeightAveraging": "average weights",

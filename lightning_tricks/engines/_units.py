@@ -78,12 +78,13 @@ def clip_whole_units(parameters: Sequence[Any], limits: Limits, device: torch.de
     trained = [p for p in parameters if p.grad is not None and p.numel()]
     if not trained:
         return torch.zeros((), device=device), total
-    gradients = [_as_rows(parameter.grad) for parameter in trained]
-    weights = _norms([_as_rows(parameter.detach()) for parameter in trained])
-    factors = unit_coefficients(weights, _norms(gradients), ratio=limits.ratio, floor=limits.floor)
-    ends = list(itertools.accumulate(len(each) for each in gradients))
-    for gradient, own in zip(gradients, factors.tensor_split(ends[:-1]), strict=True):
-        gradient.mul_(own.view(-1, *[1] * (gradient.ndim - 1)))
+    trained.sort(key=lambda parameter: parameter.ndim < 2)  # vectors last: they are many, small, and measured together
+    gradients = [parameter.grad for parameter in trained]
+    weights = _unit_norms([parameter.detach() for parameter in trained])
+    factors = unit_coefficients(weights, _unit_norms(gradients), ratio=limits.ratio, floor=limits.floor)
+    ends = itertools.accumulate(units_of(gradient.shape)[0] for gradient in gradients)
+    own = factors.tensor_split(list(ends)[:-1])
+    torch._foreach_mul_(gradients, [f.view(-1, *[1] * (g.ndim - 1)) for f, g in zip(own, gradients, strict=True)])
     return (factors < 1).sum().to(device), total
 
 
@@ -143,8 +144,13 @@ def share(clipped: Sequence[tuple[Tensor, int]], device: torch.device) -> Tensor
     return torch.stack([number.to(device) for number, _ in clipped]).sum().float() / total
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim > 1 else tensor.view(1, -1)
+def _unit_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of each unit, fp32, of tensors of which vectors and numbers come last."""
+    vectors = [tensor for tensor in tensors if tensor.ndim < 2]
+    norms = [_norms([tensor for tensor in tensors if tensor.ndim > 1])] if len(vectors) < len(tensors) else []
+    if vectors:
+        norms.append(torch.stack(list(torch._foreach_norm(vectors, 2, dtype=torch.float32))))
+    return torch.cat(norms)
 
 
 def _norms(rows: Sequence[Tensor]) -> Tensor:

@@ -101,6 +101,11 @@ def _refuse_inexact(path: Path) -> None:
     base = [state["base_optimizer_state" if stage < 3 else "optimizer_state_dict"] for state in states]
     if any(isinstance(state, Inert | list) for state in base):
         raise CheckpointError("its optimizer state has a form that DeepSpeed does not convert")
+    if any(0 < sum(map(bool, state["state"].values())) < len(state["param_groups"]) for state in base):
+        raise CheckpointError(
+            "some of its parameter groups have no moments yet, as layers that are still frozen, and DeepSpeed converts"
+            " those of all or none"
+        )
     kept = [set(entry) - {"step"} for state in base for entry in state["state"].values()]
     if not kept or any(names != _MOMENTS for names in kept):
         raise CheckpointError("DeepSpeed converts the state of Adam and AdamW without `amsgrad` only")

@@ -26,11 +26,13 @@ class Whole:
         dtype: as it will be read.
         shape: as it will be read.
         read: reads it, on the CPU.
+        fill: fills a vector with as many of its elements, from a place on, if it lies in its file in one piece.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    fill: Callable[[Tensor, int], None] | None = None
 
     def numel(self) -> int:
         """The number of its elements."""
@@ -46,7 +48,11 @@ def of_state_dict(state: Mapping[str, Any]) -> dict[str, Whole]:
     for name, value in state.items():
         if not isinstance(value, Note):
             raise CheckpointError(f"`{name}` in the state dict is no plain tensor: safetensors cannot hold it.")
-    return {name: Whole(note.dtype, note.shape, note.tensor) for name, note in state.items()}
+    return {name: _of_note(note) for name, note in state.items()}
+
+
+def _of_note(note: Note) -> Whole:
+    return Whole(note.dtype, note.shape, note.tensor, note.elements_into if note.is_flat() else None)
 
 
 def entry_of(content: Any, name: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_tricks.engines._capabilities import refusal
 
-__all__ = ["Edit", "Part", "paired", "parts", "piece"]
+__all__ = ["Edit", "Part", "is_offloaded", "paired", "parts", "piece"]
 
 Edit = Callable[[int, Tensor], None]  # given the number of a flat piece, and its unscaled fp32 gradients
 
@@ -48,6 +48,11 @@ def piece(optimizer: Any, stage: int, given: Any) -> tuple[int, Tensor]:
         return given, optimizer.fp32_partitioned_groups_flat[given].grad
     masters = optimizer.single_partition_of_fp32_groups
     return next(index for index, own in enumerate(masters) if own.grad is given[0]), given[0]
+
+
+def is_offloaded(optimizer: Any, stage: int) -> bool:
+    """Whether its gradients lie on the host, and their norms with them."""
+    return bool(optimizer.offload_optimizer if stage == 3 else optimizer.cpu_offload)
 
 
 def paired(parameters: list[Any], gradients: list[Any]) -> Iterator[tuple[Any, Tensor]]:

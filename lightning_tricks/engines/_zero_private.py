@@ -20,6 +20,7 @@ ENGINE = (
     "set_gradient_accumulation_boundary",
 )
 _EVERY_STAGE = (
+    "_optimizer_step",
     "_update_scale",
     "averaged_gradients",
     "clear_backward_seen_flag",
@@ -35,6 +36,7 @@ _FIRST_STAGES = (
     *_EVERY_STAGE,
     "_hp_optimizer_states_linked",
     "_link_all_hp_params",
+    "bit16_groups",
     "check_grad_overflow",
     "cpu_offload",
     "parallel_partitioned_bit16_groups",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._ranks import sum_over_ranks
-from lightning_tricks.engines._zero_parts import Edit, Part, paired, parts, piece
+from lightning_tricks.engines._zero_parts import Edit, Part, is_offloaded, paired, parts, piece
+from lightning_tricks.engines._zero_silence import silence, whole_pieces
 
 __all__ = ["StepGradients"]
 
@@ -43,10 +44,13 @@ class StepGradients:
         setattr(self._optimizer, method, self._within_step)
         self._optimizer.unscale_and_clip_grads = self._unscaled
         self._optimizer._update_scale = self._after_norm
+        self._step_piece = _private(self._optimizer, "_optimizer_step")
+        self._optimizer._optimizer_step = self._step_unless_left_out
         self._known: tuple[int, Any] = (-1, None)
         self._limit: tuple[int, float] = (-1, 0.0)
         self._factor: tuple[int, float] = (-1, 1.0)
         self._edits: tuple[int, list[Edit]] = (-1, [])
+        self._left_out: tuple[int, set[int]] = (-1, set())
         self._vetoed = -1
         self._restore: dict[str, Any] | None = None
 
@@ -73,7 +77,7 @@ class StepGradients:
         """id(parameter) -> the scaled norm of the part of its gradient that this rank holds."""
         optimizer = self._optimizer
         held = optimizer.fp16_groups if self._stage == 3 else optimizer.params_in_partition
-        if optimizer.offload_optimizer if self._stage == 3 else optimizer.cpu_offload:
+        if is_offloaded(optimizer, self._stage):
             known = optimizer.norm_for_param_grads
             keys = {id(parameter): optimizer.get_param_id(parameter) for group in held for parameter in group}
             return {own: torch.as_tensor(known[key]).float() for own, key in keys.items() if key in known}
@@ -129,6 +133,18 @@ class StepGradients:
         finally:
             for name, value in kept.items():
                 setattr(self._optimizer, name, value)
+
+    def leave_out(self, parameters: list[Tensor]) -> None:
+        """Let the coming step, and only that one, pass by the flat pieces that these parameters make up."""
+        step = self.engine.global_steps
+        earlier = self._left_out[1] if self._left_out[0] == step else set()
+        self._left_out = (step, earlier | whole_pieces(self._optimizer, self._stage, parameters))
+        silence(self._optimizer, self._stage, parameters)
+
+    def _step_unless_left_out(self, piece: int) -> None:
+        step, left_out = self._left_out
+        if step != self.engine.global_steps or piece not in left_out:
+            self._step_piece(piece)
 
     def veto(self) -> None:
         """Let the coming step be dropped, and only that one."""

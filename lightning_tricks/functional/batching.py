@@ -1,20 +1,28 @@
 """Cut sequences of different lengths into steps of little padding, in numpy: lengths in, indices and sizes out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["cut_steps", "deal_to_windows", "share_out", "shuffled_indices", "split_steps"]
+__all__ = [
+    "cut_steps",
+    "deal_to_windows",
+    "share_out",
+    "shuffle_to_windows",
+    "shuffled",
+    "shuffled_indices",
+    "split_steps",
+]
 
-CHUNK = 1 << 20  # samples sorted at a time: bounds the memory
+Values = Callable[[int, int], np.ndarray]  # those of a range of places, as uint64
+
+RANDOM = 30  # bits, at least, that a shuffle goes by; among ten million values one neighbour in 200 shares all of them
+PART = 1 << 16  # samples treated at a time: what stays in a core's cache, and bounds the memory
 LOCKSTEP = 64  # windows from which on they are cut side by side
 
 
 def shuffled_indices(count: int, seed: Sequence[int]) -> np.ndarray:
     """A permutation that depends on `seed` alone, the same on every platform and with every version of numpy.
-
-    PCG64's raw words are that; numpy's own `permutation` may change. Words are sorted with the index in their low
-    bits, four times faster than a shuffle.
 
     Args:
         count: of indices, below 2^32.
@@ -27,18 +35,48 @@ def shuffled_indices(count: int, seed: Sequence[int]) -> np.ndarray:
         >>> shuffled_indices(5, (0, 1)).tolist()
         [4, 1, 2, 0, 3]
     """
-    bits = np.uint64(max(1, int(count - 1).bit_length()))
+    return _shuffled(count, max(1, count - 1), seed, lambda start, stop: np.arange(start, stop, dtype=np.uint64))
+
+
+def shuffled(values: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """The values in an order that depends on `seed` alone: `values[shuffled_indices(len(values), seed)]`, but quicker.
+
+    Args:
+        values: whole numbers from 0 to 2^32.
+        seed: whole numbers of at least 0.
+
+    Returns:
+        uint32 values.
+
+    Example:
+        >>> shuffled(np.array([10, 11, 12, 13, 14]), (0, 1)).tolist()
+        [14, 11, 12, 10, 13]
+    """
+    largest = max(1, len(values) - 1, int(values.max(initial=0)))
+    return _shuffled(len(values), largest, seed, lambda start, stop: values[start:stop].astype(np.uint64))
+
+
+def _shuffled(count: int, largest: int, seed: Sequence[int], values: Values) -> np.ndarray:
+    bits = largest.bit_length()
+    words = _sorted_words(count, bits, seed, values)
+    found: np.ndarray = words.astype(np.uint32)
+    found &= np.uint32((1 << bits) - 1)
+    return found
+
+
+def _sorted_words(count: int, bits: int, seed: Sequence[int], values: Values) -> np.ndarray:
+    # PCG64's raw words are the same everywhere; numpy's own `permutation` may change. Words are sorted with the value
+    # in their low bits, four times faster than a shuffle, and with no look-up all over the memory.
     words = np.random.PCG64(np.random.SeedSequence(list(seed))).random_raw(count)
-    words &= ~((np.uint64(1) << bits) - np.uint64(1))
-    for start in range(0, count, CHUNK):
-        part = words[start : start + CHUNK]
-        part |= np.arange(start, start + len(part), dtype=np.uint64)
+    for start in range(0, count, PART):
+        part = words[start : start + PART]
+        part &= np.uint64((1 << 64) - (1 << bits))
+        part |= values(start, start + len(part))
     words.sort()
-    words &= (np.uint64(1) << bits) - np.uint64(1)
-    return words.astype(np.uint32)
+    return words
 
 
-def deal_to_windows(order: np.ndarray, lengths: np.ndarray, window: int) -> np.ndarray:
+def deal_to_windows(order: np.ndarray, lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Sort `order` within each `window` of it, the longest first; ties stay as they come.
 
     Args:
@@ -46,32 +84,111 @@ def deal_to_windows(order: np.ndarray, lengths: np.ndarray, window: int) -> np.n
         lengths: whole numbers from 0 to 2^31.
         window: indices to a window, at least 1.
 
+    Returns:
+        The indices, and the lengths in their order, in as few bytes as they need.
+
     Example:
-        >>> deal_to_windows(np.array([0, 1, 2, 3]), np.array([1, 5, 2, 9]), 2).tolist()
-        [1, 0, 3, 2]
+        >>> order, lengths = deal_to_windows(np.array([0, 1, 2, 3]), np.array([1, 5, 2, 9]), 2)
+        >>> order.tolist(), lengths.tolist()
+        ([1, 0, 3, 2], [5, 1, 9, 2])
     """
-    sorted_order = np.empty_like(order)
-    rows = max(1, CHUNK // window)
-    whole = len(order) // window * window
-    for start in range(0, whole, rows * window):
-        part = slice(start, min(start + rows * window, whole))
-        sorted_order[part] = _sort_rows(order[part].reshape(-1, window), lengths).ravel()
-    if whole < len(order):
-        sorted_order[whole:] = _sort_rows(order[None, whole:], lengths)[0]
-    return sorted_order
+    longest, lengths = _narrow(lengths)
+
+    def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return order[start:stop], lengths.take(order[start:stop])
+
+    return _dealt(np.empty_like(order), np.empty(len(order), lengths.dtype), window, longest, part)
 
 
-def _sort_rows(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def shuffle_to_windows(
+    values: np.ndarray | range, lengths: np.ndarray, seed: Sequence[int], window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffle values by `seed` alone, and sort them within each `window`, the longest first; ties are shuffled.
+
+    Args:
+        values: whole numbers from 0 to 2^32; a range of all places takes no memory.
+        lengths: of each of `values`, from 0 to 2^31.
+        seed: whole numbers of at least 0.
+        window: values to a window, at least 1.
+
+    Returns:
+        uint32 values, and their lengths, in as few bytes as they need.
+
+    Example:
+        >>> found, lengths = shuffle_to_windows(np.array([10, 11, 12, 13, 14]), np.array([1, 2, 3, 4, 5]), (0, 1), 3)
+        >>> found.tolist(), lengths.tolist()
+        ([14, 12, 11, 13, 10], [5, 3, 2, 4, 1])
+    """
+    longest, lengths = _narrow(lengths)
+    low = max(1, values[-1] if isinstance(values, range) else int(values.max(initial=0))).bit_length()
+    high = max(1, longest).bit_length()
+    if low + high > 64 - RANDOM:  # too few bits are left to shuffle by
+        turn = shuffled_indices(len(values), seed)
+        order, falling = deal_to_windows(turn, lengths, window)
+        return _taken(values, order), falling
+
+    def carried(start: int, stop: int) -> np.ndarray:
+        found = lengths[start:stop].astype(np.uint64) << np.uint64(low)
+        found |= _taken(values, slice(start, stop)).astype(np.uint64)
+        return found
+
+    words = _sorted_words(len(values), low + high, seed, carried)
+
+    def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        found = words[start:stop]
+        order = found.astype(np.uint32) & np.uint32((1 << low) - 1)
+        return order, ((found >> np.uint64(low)) & np.uint64((1 << high) - 1)).astype(lengths.dtype)
+
+    return _dealt(np.empty(len(values), np.uint32), np.empty(len(values), lengths.dtype), window, longest, part)
+
+
+def _taken(values: np.ndarray | range, places: np.ndarray | slice) -> np.ndarray:
+    if not isinstance(values, range):
+        return values[places].astype(np.uint32, copy=False)
+    if isinstance(places, slice):
+        places = np.arange(places.start, places.stop, dtype=np.uint32)
+    return places * np.uint32(values.step) + np.uint32(values.start)
+
+
+def _narrow(lengths: np.ndarray) -> tuple[int, np.ndarray]:
+    """The longest, and all in two bytes each if that will do: half of what is fetched from all over the memory."""
+    longest = int(lengths.max(initial=0))
+    return longest, lengths.astype(np.uint16, copy=False) if longest < 1 << 16 else lengths
+
+
+def _dealt(
+    order: np.ndarray,
+    falling: np.ndarray,
+    window: int,
+    longest: int,
+    part: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fill `order` and `falling` with what `part` gives for a range, sorted within windows."""
+    count = len(order)
+    window = max(1, min(window, count))
+    step = max(1, PART // window) * window
+    whole = count // window * window
+    for start, stop in [*((at, min(at + step, whole)) for at in range(0, whole, step)), (whole, count)]:
+        values, lengths = part(start, stop)
+        places = _sort_rows(lengths.reshape(-1, min(window, max(1, stop - start))), longest, falling[start:stop])
+        values.take(places, out=order[start:stop], mode="clip")
+    return order, falling
+
+
+def _sort_rows(rows: np.ndarray, longest: int, falling: np.ndarray) -> np.ndarray:
+    """Write the rows, each sorted, to `falling`; give the places that the values were at, of all rows together."""
     # One integer holds both the length, turned round, and the place: a plain sort is several times an argsort.
-    bits = max(1, int(rows.shape[1] - 1).bit_length())
-    found = lengths[rows]
-    longest = int(found.max())
+    count, width = rows.shape
+    bits = max(1, int(width - 1).bit_length())
     kind = np.uint32 if bits + longest.bit_length() <= 32 else np.uint64
-    keys = (longest - found).astype(kind) << kind(bits)
-    keys |= np.arange(rows.shape[1], dtype=kind)
+    keys = np.subtract(kind(longest), rows, dtype=kind, casting="unsafe")
+    keys <<= kind(bits)
+    keys |= np.arange(width, dtype=kind)
     keys.sort(axis=1)
+    np.subtract(longest, (keys >> kind(bits)).ravel(), out=falling, casting="unsafe")
     keys &= kind((1 << bits) - 1)
-    return np.take_along_axis(rows, keys.astype(np.intp), axis=1)
+    keys += np.arange(0, count * width, width, dtype=kind)[:, None]
+    return np.asarray(keys.ravel())
 
 
 def cut_steps(lengths: np.ndarray, window: int, world: int, *, per_rank: int | None, budget: int | None) -> np.ndarray:
@@ -169,23 +286,33 @@ def _parts(falling: list[int], budget: int, world: int) -> list[int]:
     return starts
 
 
-def split_steps(sizes: np.ndarray, count: int, world: int) -> np.ndarray:
-    """Split the steps of most samples until there are `count`, none with fewer samples than ranks.
+def split_steps(sizes: np.ndarray, count: int, world: int, gains: np.ndarray) -> np.ndarray:
+    """Split steps until there are `count`, none with fewer samples than ranks.
+
+    First those that gain by it, each once, the most first; then those of most samples, as often as it takes.
 
     Args:
         sizes: samples of each step, each at least `world`.
         count: the steps wanted, from `len(sizes)` to the sum of `sizes // world`.
         world: ranks.
+        gains: of each step, what halving it saves.
 
     Returns:
         The sizes; the parts of a step lie where it lay.
 
     Example:
-        >>> split_steps(np.array([4, 9]), 3, 2).tolist()
+        >>> split_steps(np.array([4, 9]), 3, 2, np.zeros(2)).tolist()
         [4, 5, 4]
+        >>> split_steps(np.array([4, 9]), 3, 2, np.array([5, 0])).tolist()
+        [2, 2, 9]
     """
+    if count == len(sizes):
+        return sizes
     units = sizes // world
+    gains = np.where(units > 1, gains, 0)
     parts = np.ones_like(sizes)
+    best = np.argsort(-gains, kind="stable")[: count - len(sizes)]
+    parts[best[gains[best] > 0]] += 1
     while (missing := count - int(parts.sum())) > 0:
         share = np.where(parts < units, units / parts, 0.0)
         most = np.argsort(-share, kind="stable")[:missing]

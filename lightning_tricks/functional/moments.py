@@ -7,6 +7,8 @@ from torch import Tensor
 
 __all__ = ["FeatureMoments"]
 
+PART = 1 << 16  # values treated at a time: what stays in a core's cache between the passes over them
+
 
 class FeatureMoments:
     """Count, mean, sum of squared deviations, least and most of each feature, in float64; NaN counts as missing.
@@ -33,24 +35,26 @@ class FeatureMoments:
 
     def add(self, values: Tensor) -> None:
         """Take in rows of shape (rows, features)."""
-        other = FeatureMoments(values.shape[1])
-        whole = values.detach().cpu().double()
-        if not len(whole):
-            return
-        missing = whole.isnan()
-        if missing.any():
+        rows = max(1, PART // max(1, values.shape[1]))
+        for part in torch.split(values.detach().cpu(), rows):
+            if len(part):
+                self.merge(self._of(part.double()))
+
+    def _of(self, rows: Tensor) -> "FeatureMoments":
+        other = FeatureMoments(rows.shape[1])
+        other.least, other.most = rows.amin(0), rows.amax(0)  # each many times as quick as `aminmax` over rows
+        if other.least.isnan().any():
+            missing = rows.isnan()
             other.count = (~missing).sum(0).double()
-            filled = whole.masked_fill(missing, 0.0)
-            other.mean = filled.sum(0) / other.count.clamp(min=1)
-            other.squares = (whole - other.mean).masked_fill(missing, 0.0).square().sum(0)
-            other.least = whole.masked_fill(missing, torch.inf).amin(0)
-            other.most = whole.masked_fill(missing, -torch.inf).amax(0)
+            other.mean = rows.masked_fill(missing, 0.0).sum(0) / other.count.clamp(min=1)
+            other.squares = (rows - other.mean).masked_fill_(missing, 0.0).square_().sum(0)
+            other.least = rows.masked_fill(missing, torch.inf).amin(0)
+            other.most = rows.masked_fill(missing, -torch.inf).amax(0)
         else:
-            other.count.fill_(len(whole))
-            other.mean = whole.mean(0)
-            other.squares = (whole - other.mean).square_().sum(0)
-            other.least, other.most = torch.aminmax(whole, dim=0)
-        self.merge(other)
+            other.count.fill_(len(rows))
+            other.mean = rows.mean(0)
+            other.squares = (rows - other.mean).square_().sum(0)
+        return other
 
     def merge(self, other: "FeatureMoments") -> None:
         """Take in another stream's."""

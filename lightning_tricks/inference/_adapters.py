@@ -73,7 +73,7 @@ class AdapterMerger:
             return layer.as_weight(merged).to(start.dtype).contiguous()
 
         up = stored.weights[prefix + _UP]
-        nothing = replace(up, read=lambda: torch.zeros(up.shape, dtype=up.dtype))
+        nothing = replace(up, read=lambda: torch.zeros(up.shape, dtype=up.dtype), fill=None)
         whole = Whole(base.dtype if own is None else own.dtype, tuple(base.shape), weight)
         return {name: whole, prefix + _UP: nothing}
 

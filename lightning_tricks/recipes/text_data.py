@@ -6,13 +6,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from lightning_tricks.data.files import is_null, read_columns, refuse_nulls
+from lightning_tricks.data.augmented import Augmented, read_augmented
 from lightning_tricks.data.folds import checked_fold, fold_split
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.loader import TricksDataLoader
-from lightning_tricks.data.packages import reviews_file
 from lightning_tricks.data.padding import PadToLongest
 from lightning_tricks.data.split import Split, stratified_split
+from lightning_tricks.data.texts import read_texts
 from lightning_tricks.data.tokens import TokenDataset, TokenizedTexts, load_tokenizer, tokenize
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.recipes._encoders import encoder_source
@@ -40,6 +40,8 @@ class TextClassificationData(L.LightningDataModule):
         seed: of the split and of the training order.
         fold: for cross-validation, which fold to validate on, from 0, and how many there are: `[0, 5]`. The folds are
             made of the training and validation texts; the test texts stay as they are.
+        augmented: a file that `lightning-tricks augment` made of this one: what was made of training texts joins them,
+            the rest stays out, so that no validation or test text comes back in other words.
 
     Raises:
         MisconfigurationError: for an option out of range.
@@ -65,6 +67,7 @@ class TextClassificationData(L.LightningDataModule):
         limit: int | None = None,
         seed: int = 0,
         fold: tuple[int, int] | None = None,
+        augmented: str | None = None,
     ) -> None:
         super().__init__()
         for option, value, least in (("max_length", max_length, 8), ("batch_size", batch_size, 1), ("seed", seed, 0)):
@@ -80,6 +83,7 @@ class TextClassificationData(L.LightningDataModule):
         self.tokenizer_name, self.max_length = tokenizer, max_length
         self.batch_size, self.limit, self.seed = batch_size, limit, seed
         self.fold = checked_fold(fold)
+        self.augmented = augmented
         self._tokens: TokenizedTexts | None = None
         self._train_loader: TricksDataLoader | None = None
         self._position: dict[str, Any] | None = None
@@ -108,11 +112,11 @@ class TextClassificationData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise, in one process."""
-        tokenize(self._texts, self.tokenizer, max_length=self.max_length)
+        tokenize(self._all_texts, self.tokenizer, max_length=self.max_length)
 
     def setup(self, stage: str) -> None:
         """Load the tokens, in every process."""
-        self._tokens = tokenize(self._texts, self.tokenizer, max_length=self.max_length)
+        self._tokens = tokenize(self._all_texts, self.tokenizer, max_length=self.max_length)
 
     def train_dataloader(self) -> TricksDataLoader:
         """Training texts, in a new order every epoch, unless `overfit_batches` repeats the same few."""
@@ -168,27 +172,32 @@ class TextClassificationData(L.LightningDataModule):
             raise MisconfigurationError("There are no tokens yet: call `setup(stage)` before asking for a loader.")
         return self._tokens
 
-    def _column(self, name: str) -> list[str]:
-        if self.path == "reviews":
-            columns = read_columns(reviews_file(), ["text", name])
-            return [str(value) for text, value in zip(columns["text"], columns[name], strict=True) if not is_null(text)]
-        values = read_columns(self.path, [name])[name]
-        refuse_nulls(values, name, self.path)
-        return [str(value) for value in values]
-
     @cached_property
     def _texts(self) -> list[str]:
-        return self._column(self.text)
+        return read_texts(self.path, self.text)
 
     @cached_property
     def _classes(self) -> list[str]:
-        return self._column(self.label)
+        return read_texts(self.path, self.label)
+
+    @cached_property
+    def _added(self) -> Augmented:
+        if self.augmented is None:
+            return Augmented([], np.zeros(0, np.int64))
+        return read_augmented(self.augmented, self.text, self.label, self._texts, self._classes)
+
+    @property
+    def _all_texts(self) -> list[str]:
+        return self._texts if self.augmented is None else self._texts + self._added.texts
 
     @cached_property
     def _indices(self) -> np.ndarray:
-        return np.unique(np.asarray(self._classes), return_inverse=True)[1]
+        own = np.unique(np.asarray(self._classes), return_inverse=True)[1]
+        return np.concatenate([own, own[self._added.sources]])
 
     @cached_property
     def _split(self) -> Split:
         split = stratified_split(self._classes, seed=self.seed, limit=self.limit)
-        return split if self.fold is None else fold_split(split, self._classes, self.fold, seed=self.seed)
+        split = split if self.fold is None else fold_split(split, self._classes, self.fold, seed=self.seed)
+        made = np.flatnonzero(np.isin(self._added.sources, split.train)) + len(self._classes)
+        return split._replace(train=np.concatenate([split.train, made]))

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_tricks.callbacks import NonFiniteGuard, SpikeRecovery
+from lightning_tricks.callbacks import BatchSizeAccumulation, NonFiniteGuard, SpikeRecovery
 from lightning_tricks.errors import DivergenceError, MisconfigurationError
 from tests.callbacks.spike_jobs import OPTIONS, Spiking
 
@@ -56,6 +57,22 @@ def test_windows_are_judged_as_a_whole(trainer):
     expected = fit(trainer, Spiking(left_out=tuple(range(18, 28)), batches=44), accumulate_grad_batches=2)
     assert recovery.rollbacks == 1
     assert same(found, expected)
+
+
+def test_a_loss_scale_that_grows_is_no_spike(trainer):
+    """Lightning hands over the scaled loss, which doubles with the scale."""
+    recovery = SpikeRecovery(**OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12, growth_interval=9, growth_factor=64.0)
+    fit(trainer, Spiking(batches=22), recovery, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert scaler.get_scale() > 2**-12
+    assert recovery.rollbacks == 0
+
+
+def test_a_shorter_window_is_no_spike(trainer):
+    """Lightning hands over the loss divided by the number of batches of a step."""
+    recovery, accumulation = SpikeRecovery(**OPTIONS), BatchSizeAccumulation({0: 128, 12: 16}, per_batch=16)
+    fit(trainer, Spiking(batches=120), accumulation, recovery)
+    assert recovery.rollbacks == 0
 
 
 def test_a_spike_before_the_window_is_full_is_none(trainer):

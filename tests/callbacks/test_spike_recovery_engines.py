@@ -25,7 +25,7 @@ def job(tmp_path_factory):
     group.close()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2_offload", *STAGES, *OFFLOAD])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp", "fsdp2_offload", *STAGES, *OFFLOAD])
 def test_as_if_the_batches_had_not_been(job, engine):
     job("as_if_the_batches_had_not_been", engine)
 
@@ -33,6 +33,11 @@ def test_as_if_the_batches_had_not_been(job, engine):
 @pytest.mark.parametrize("engine", ["fsdp2", *STAGES])
 def test_in_low_precision(job, engine):
     job("as_if_the_batches_had_not_been", engine, precision="bf16-mixed")
+
+
+@pytest.mark.parametrize("engine", ["ddp", *STAGES])
+def test_with_a_scaler(job, engine):
+    job("as_if_the_batches_had_not_been", engine, precision="16-mixed")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", *STAGES])

@@ -1,5 +1,6 @@
 """The demo: its rows, its report, and an early end."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -24,6 +25,9 @@ def result(name, clip=None, **metrics):
         learning_rate=1e-3,
         metrics={"accuracy": 0.5, "macro_f1": 0.5, **recalls, **metrics},
         seconds=12.3,
+        training_seconds=10.0,
+        cpu_seconds=10.0,
+        texts=4870,
         steps=30,
         trainable=74883,
         checkpoint_bytes=310_000,
@@ -33,12 +37,23 @@ def result(name, clip=None, **metrics):
 
 
 def test_rows_differ_by_one_trick_each_and_share_the_budget():
-    assert [(row.tuning, row.class_weighting, row.tricks) for row in ROWS] == [
-        ("head", "none", False),
-        ("lora", "none", False),
-        ("lora", "balanced", False),
-        ("lora", "balanced", True),
+    assert [(row.tuning, row.class_weighting, row.tricks, row.by_tokens) for row in ROWS] == [
+        ("head", "none", False, False),
+        ("lora", "none", False, False),
+        ("lora", "balanced", False, False),
+        ("lora", "balanced", True, False),
+        ("lora", "balanced", True, True),
     ]
+
+
+def test_a_token_budget_is_what_a_batch_of_the_longest_holds():
+    budget = dataclasses.replace(TINY, max_length=48)
+    data = budget.data(seed=0, by_tokens=True)
+    data.prepare_data()
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert max(batch["input_ids"].numel() for batch in batches) <= 4 * 48
+    assert max(len(batch["labels"]) for batch in batches) > 4
 
 
 def test_validation_scores_a_third_of_every_length():
@@ -51,7 +66,7 @@ def test_validation_scores_a_third_of_every_length():
     assert len(data.test_dataloader().dataset) == len(whole)
 
 
-@pytest.mark.parametrize("finished", [1, 2, 4])
+@pytest.mark.parametrize("finished", [1, 2, 5])
 def test_plot_of_what_is_finished(tmp_path, finished):
     results = [result(row.name, clip=0.2 if row.tricks else None) for row in ROWS][:finished]
     plot(tmp_path / "report.png", results, LABELS)
@@ -72,6 +87,7 @@ def test_table_marks_the_best_and_names_the_rarest(capsys):
     assert "\x1b[1m0.250" not in shown
     assert "74,883" in shown
     assert "310" in shown
+    assert "487" in shown  # texts a second
 
 
 @pytest.fixture
@@ -85,8 +101,10 @@ def test_demo_trains_every_row_and_reports(tiny, tmp_path, capsys):
     assert main(["demo", "--quick", "--seed", "1", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in report["rows"]] == [row.name for row in ROWS]
-    head, lora, _, tricks = report["rows"]
-    assert [row["steps"] for row in report["rows"]] == [4, 4, 4, 4]
+    head, lora, _, tricks, _ = report["rows"]
+    assert [row["steps"] for row in report["rows"]] == [4, 4, 4, 4, 4]
+    assert [row["texts"] for row in report["rows"][:4]] == [16, 16, 16, 16]
+    assert all(0 < row["training_seconds"] < row["seconds"] for row in report["rows"])
     assert head["trainable"] == 384 * 3 + 3
     assert lora["trainable"] == head["trainable"] + 6 * 2 * 8 * (384 + 384)
     assert lora["checkpoint_bytes"] < 90e6 / 50

@@ -53,6 +53,7 @@ from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
 from tests.conformance import schedule_cases as schedule
 from tests.conformance import streaming_cases as streaming
+from tests.conformance import unfreezing_cases as unfreezing
 from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
 from tests.conformance.gradient_cases import (
@@ -405,6 +406,12 @@ CASES = (
     Case("BatchSizeAccumulation", accumulation.batch_size_accumulation, accumulation.check_batch_size_accumulation),
     Case("SpikeRecovery", spike_recovery, check_spike_recovery, observe_spike_recovery),
     Case("LearningRateSchedule", schedule.learning_rate_schedule, schedule.check_learning_rate_schedule),
+    Case(
+        "LayerwiseUnfreezing",
+        unfreezing.layerwise_unfreezing,
+        unfreezing.check_layerwise_unfreezing,
+        unfreezing.observe_layerwise_unfreezing,
+    ),
     Case("CheckpointEnsemble", checkpoint_ensemble, check_checkpoint_ensemble, observe_checkpoint_ensemble),
     Case("WeightAveraging", lambda: Run(*averaging.ema()), averaging.check_ema, averaging.observe_averaging),
     Case("WeightAveraging", lambda: Run(*averaging.swa()), averaging.check_swa, averaging.observe_averaging, "SWA"),

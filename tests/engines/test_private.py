@@ -21,7 +21,7 @@ USERS = [path for path in FILES if path.name != "_zero_private.py"]
 # Names of torch's modules, of the standard library, and marks that may be missing: looked for with a default.
 OTHERS = {
     *("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_state_dict_hooks", "_foreach_norm", "_lightning_tricks_zero"),
+    *("_load_state_dict_pre_hooks", "_state_dict_hooks", "_foreach_norm", "_foreach_zero_", "_lightning_tricks_zero"),
     "_zero_padding",
 }
 
