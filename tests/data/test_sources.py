@@ -100,7 +100,7 @@ def test_lengths_are_measured_in_one_column_alone(tmp_path):
     expected = [len(row["input_ids"]) for row in rows(0, ROWS)]
     source = ParquetSource(tmp_path)
     assert measure_lengths(source, length="input_ids").tolist() == expected
-    assert not source._held
+    assert not source._held.rows
     assert measure_lengths(source, length="text").tolist() == [len(row["text"]) for row in rows(0, ROWS)]
     assert measure_lengths(source, length=lambda row: len(row["input_ids"])).tolist() == expected
     loader = streamed(source, lengths=measure_lengths(source, length="input_ids"), batch_size=None, max_tokens=40)
@@ -172,7 +172,7 @@ def test_a_source_is_sent_to_another_process_without_what_it_holds(tmp_path):
     source.keep(100)
     source[3]
     other = pickle.loads(pickle.dumps(source))
-    assert not other._held
+    assert not other._held.rows
     assert other[3]["label"] == 0
     assert other.fingerprint() == source.fingerprint()
 
