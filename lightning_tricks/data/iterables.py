@@ -124,6 +124,11 @@ class _HuggingFaceShard:
 
 def _shards_of(given: Any) -> list[Iterable[Any]]:
     if hasattr(given, "shard") and hasattr(given, "num_shards"):
+        if getattr(given, "_distributed", None) is not None:
+            raise MisconfigurationError(
+                "The dataset was split by node already: ranks would have different numbers of batches. Give the whole,"
+                " without `split_dataset_by_node`; StreamingSampler shares it out over the ranks."
+            )
         count = int(given.num_shards)
         return [_HuggingFaceShard(given.shard(num_shards=count, index=index)) for index in range(count)]
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):
