@@ -1,8 +1,7 @@
 """Streaming Parquet files through the loader, against Hugging Face's iterable dataset with its shuffle buffer.
 
 Run it by `python benchmarks/streaming.py`: about a minute. Times are CPU times on one thread, medians of alternating
-runs;
-`--quick` takes a tenth of the rows.
+runs; `--quick` takes a tenth of the rows.
 """
 
 import argparse

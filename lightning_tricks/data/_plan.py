@@ -26,7 +26,7 @@ class Steps(Protocol):
         """A rank's samples in a step."""
 
     def batches(self, rank: int, world: int, step: int = 0) -> Iterator[list[int]]:
-        """A rank's samples in `step` and all after it, as lists."""
+        """A rank's samples in `step` and all after it."""
 
     def rest(self, step: int) -> np.ndarray:
         """The samples of `step` and all after it."""

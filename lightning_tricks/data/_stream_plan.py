@@ -56,7 +56,7 @@ class StreamPlan:
         return self._batches(pool, rank)[step - int(self._ends[pool] - self._pools.steps[pool])]
 
     def batches(self, rank: int, world: int, step: int = 0) -> Iterator[list[int]]:
-        """A rank's rows in `step` and all after it, as lists."""
+        """A rank's rows in `step` and all after it."""
         for each in range(step, len(self)):
             yield self.part(each, rank, world).tolist()
 
@@ -88,12 +88,18 @@ class StreamPlan:
             last = int(self._ends[pool])
             sizes = np.diff(self._pools.batch_bounds[rank, last - count : last + 1])
         else:
-            steps = _cut(self._costs, rows, self._pools.budget)
-            sizes = split_steps(steps, count, 1, np.zeros(len(steps)))
+            sizes = self._split(rows, count)
         batches = np.split(rows, np.cumsum(sizes)[:-1])
         if self._seed is None or self._costs is None:
             return batches
         return [batches[at] for at in shuffled_indices(count, (*self._seed, pool, count)).tolist()]
+
+    def _split(self, rows: np.ndarray, count: int) -> np.ndarray:
+        """Sizes of the batches that the budget allows, those halved that pad most until there are `count`."""
+        sizes = _cut(self._costs, rows, self._pools.budget)
+        lengths = np.ones(len(rows), np.int64) if self._costs is None else self._costs[rows].astype(np.int64)
+        starts, half = np.cumsum(sizes) - sizes, sizes // 2
+        return split_steps(sizes, count, 1, (lengths[starts] - lengths[starts + half]) * half)
 
 
 def fixed_pools(counts: np.ndarray, batch_size: int, window: int, steps: int, even: bool) -> Pools:

@@ -1,7 +1,9 @@
 """Iterable datasets as a source: Hugging Face's, or any iterables that give the same rows each time."""
 
 import itertools
+import re
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning_tricks.errors import DataError, MisconfigurationError
 __all__ = ["IterableSource"]
 
 BLOCK = 1000  # rows of an iterable that are held together
+CURSORS = 16  # shards that are open at a time
 BATCH = 100  # rows that Hugging Face's datasets give at a time
 
 
@@ -45,7 +48,7 @@ class IterableSource(ShardedSource):
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
         self._shards = _shards_of(shards)
-        self._cursor: tuple[int, int, Iterator[Any]] | None = None
+        self._cursors: OrderedDict[int, tuple[int, Iterator[Any]]] = OrderedDict()  # by shard: the next row
         if rows is not None and len(rows) != len(self._shards):
             raise MisconfigurationError(f"`rows` has {len(rows)} entries for {len(self._shards)} shards.")
         firsts, counts = [], []
@@ -53,7 +56,7 @@ class IterableSource(ShardedSource):
             iterator = self._open(shard)
             if (row := next(iterator, self)) is self:
                 raise DataError(f"Shard {shard} is empty. Leave it out of the shards.")
-            firsts.append(repr(row))
+            firsts.append(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(row)))
             counts.append(rows[shard] if rows is not None else 1 + sum(1 for _ in iterator))
             check_whole(f"rows[{shard}]", counts[-1], 1)
         super().__init__(counts, transform=transform)
@@ -80,17 +83,20 @@ class IterableSource(ShardedSource):
                 " were counted: the data changed, are shuffled, or share themselves out over worker processes."
                 " Give what has the same rows whenever and wherever it is read."
             )
-        self._cursor = None if ends else (shard, first + size, iterator)
+        if not ends:
+            self._cursors[shard] = first + size, iterator
+            if len(self._cursors) > CURSORS:
+                self._cursors.popitem(last=False)
         return Block(first, samples)
 
     def close(self) -> None:
-        """Drop the open iterator."""
-        self._cursor = None
+        """Drop the open iterators."""
+        self._cursors.clear()
 
     def _from(self, shard: int, row: int) -> Iterator[Any]:
-        if self._cursor is None or self._cursor[0] != shard or self._cursor[1] > row:
-            self._cursor = shard, 0, self._open(shard)
-        _, at, iterator = self._cursor
+        at, iterator = self._cursors.pop(shard, (0, None))
+        if iterator is None or at > row:
+            at, iterator = 0, self._open(shard)
         next(itertools.islice(iterator, row - at, row - at), None)  # reads over those before
         return iterator
 
@@ -118,6 +124,11 @@ class _HuggingFaceShard:
 
 def _shards_of(given: Any) -> list[Iterable[Any]]:
     if hasattr(given, "shard") and hasattr(given, "num_shards"):
+        if getattr(given, "_distributed", None) is not None:
+            raise MisconfigurationError(
+                "The dataset was split by node already: ranks would have different numbers of batches. Give the whole,"
+                " without `split_dataset_by_node`; StreamingSampler shares it out over the ranks."
+            )
         count = int(given.num_shards)
         return [_HuggingFaceShard(given.shard(num_shards=count, index=index)) for index in range(count)]
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_tricks.data.sources import Block, ShardedSource
+from lightning_tricks.data.sources import Block, Held, ShardedSource
 from lightning_tricks.errors import DataError, MisconfigurationError, MissingDependencyError
 
 __all__ = ["LitDataSource"]
@@ -48,9 +48,9 @@ class LitDataSource(ShardedSource):
         return Block(0, _Items(self._dataset, *self._chunks[shard], first))
 
     def close(self) -> None:
-        """Drop litdata's reader."""
+        """Drop litdata's reader, and the chunks that read by it."""
         self._dataset = None
-        self._held.clear()
+        self._held = Held()
 
     def _refuse_damaged(self, chunk: dict[str, Any]) -> None:
         path = self.folder / str(chunk["filename"])

@@ -1,6 +1,7 @@
 """Data larger than memory, as numbered shards of numbered rows: the protocol, and what a reader holds."""
 
 import abc
+import bisect
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lightning_tricks.errors import DataError
 
-__all__ = ["Block", "ShardedSource"]
+__all__ = ["Block", "Held", "ShardedSource"]
 
 
 class Rows(Protocol):
@@ -61,7 +62,7 @@ class ShardedSource(Dataset[Any], abc.ABC):
         self.transform = transform
         self._stops = np.cumsum(self.rows)
         self._keep = 0
-        self._held: OrderedDict[tuple[int, int], Block] = OrderedDict()
+        self._held = Held()
         self._process = os.getpid()
 
     @abc.abstractmethod
@@ -102,26 +103,50 @@ class ShardedSource(Dataset[Any], abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         self.close()
-        return {**self.__dict__, "_held": OrderedDict()}
+        return {**self.__dict__, "_held": Held()}
 
     def _block(self, shard: int, row: int) -> Block:
         if self._process != os.getpid():  # a forked worker: an open file's position is its parent's as well
             self.close()
             self._process = os.getpid()
-        for key in reversed(self._held):
-            if key[0] == shard and key[1] <= row < key[1] + len(self._held[key].samples):
-                self._held.move_to_end(key)
-                return self._held[key]
-        block = self.read(shard, row)
-        self._held[shard, block.first] = block
-        self._let_go()
+        block = self._held.find(shard, row)
+        if block is None:
+            block = self.read(shard, row)
+            self._held.add(shard, block, self._keep)
         return block
 
-    def _let_go(self) -> None:
-        held = sum(len(block.samples) for block in self._held.values())
-        while len(self._held) > 1:
-            oldest = next(iter(self._held))
-            held -= len(self._held[oldest].samples)
-            if held < self._keep:
+
+class Held:
+    """The blocks that were used last."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._blocks: OrderedDict[tuple[int, int], Block] = OrderedDict()
+        self._firsts: dict[int, list[int]] = {}  # by shard, rising
+
+    def find(self, shard: int, row: int) -> Block | None:
+        """The block that has the row, if it is held."""
+        firsts = self._firsts.get(shard, [])
+        place = bisect.bisect_right(firsts, row) - 1
+        if place < 0:
+            return None
+        block = self._blocks[shard, firsts[place]]
+        if row >= block.first + len(block.samples):
+            return None
+        self._blocks.move_to_end((shard, block.first))
+        return block
+
+    def add(self, shard: int, block: Block, keep: int) -> None:
+        """Hold a block, and let go of the oldest of those beyond `keep` rows."""
+        self._blocks[shard, block.first] = block
+        bisect.insort(self._firsts.setdefault(shard, []), block.first)
+        self.rows += len(block.samples)
+        while len(self._blocks) > 1:
+            (oldest, first), unused = next(iter(self._blocks.items()))
+            if self.rows - len(unused.samples) < keep:
                 return
-            del self._held[oldest]
+            del self._blocks[oldest, first]
+            self.rows -= len(unused.samples)
+            self._firsts[oldest].remove(first)
+            if not self._firsts[oldest]:
+                del self._firsts[oldest]

@@ -19,6 +19,7 @@ __all__ = ["StreamingSampler"]
 
 SLACK = 100  # a hundredth of an epoch's steps to spare, which lets every epoch have the same number of them
 LONGEST = 1 << 62
+VERSION = 1  # of the order: one more whenever the same options give another
 
 
 class StreamingSampler:
@@ -211,6 +212,7 @@ class StreamingSampler:
             "buffer": self.buffer,
             "by": "max_tokens" if self.by_tokens else "batch_size",
             "too_long": self.too_long,
+            "order's version": VERSION,
             "fingerprint of the shards' sizes": f"{zlib.crc32(self._sizes.data):08x}",
             **lengths,
         }

@@ -5,6 +5,7 @@ from itertools import chain
 
 import datasets
 import pytest
+from datasets.distributed import split_dataset_by_node
 
 from lightning_tricks.data import IterableSource, StreamingSampler, TricksDataLoader
 from lightning_tricks.errors import MisconfigurationError
@@ -53,6 +54,13 @@ def test_an_epoch_and_a_resumption(stream, workers):
 def test_an_iterable_dataset_is_refused_where_a_map_is_needed(stream):
     with pytest.raises(MisconfigurationError, match=r"got IterableDataset\. .*IterableSource"):
         TricksDataLoader(stream(), batch_size=2, shuffle=False, seed=0)
+
+
+def test_one_rank_s_part_is_refused(stream):
+    """Ranks would count different rows, take different numbers of batches, and wait for each other for ever."""
+    part = split_dataset_by_node(stream(), rank=0, world_size=2)
+    with pytest.raises(MisconfigurationError, match=r"was split by node already.*Give the whole"):
+        IterableSource(part)
 
 
 def test_the_fingerprint_of_a_map_style_dataset():

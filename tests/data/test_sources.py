@@ -100,7 +100,7 @@ def test_lengths_are_measured_in_one_column_alone(tmp_path):
     expected = [len(row["input_ids"]) for row in rows(0, ROWS)]
     source = ParquetSource(tmp_path)
     assert measure_lengths(source, length="input_ids").tolist() == expected
-    assert not source._held
+    assert not source._held.rows
     assert measure_lengths(source, length="text").tolist() == [len(row["text"]) for row in rows(0, ROWS)]
     assert measure_lengths(source, length=lambda row: len(row["input_ids"])).tolist() == expected
     loader = streamed(source, lengths=measure_lengths(source, length="input_ids"), batch_size=None, max_tokens=40)
@@ -172,7 +172,7 @@ def test_a_source_is_sent_to_another_process_without_what_it_holds(tmp_path):
     source.keep(100)
     source[3]
     other = pickle.loads(pickle.dumps(source))
-    assert not other._held
+    assert not other._held.rows
     assert other[3]["label"] == 0
     assert other.fingerprint() == source.fingerprint()
 
@@ -239,6 +239,36 @@ def test_iterables_are_read_once_and_in_turn(tmp_path):
     assert shard.times == 2
     assert source[5]["input_ids"] == [5]
     assert shard.times == 3
+
+
+def test_shards_in_turn_are_opened_once_an_epoch():
+    """At the end of one and the beginning of the next a buffer jumps to and fro between them."""
+    count = 8 * BLOCK + 1  # the last row may come long after the next shard's first ones
+
+    class Counted:
+        def __init__(self, first):
+            self.first, self.times = first, 0
+
+        def __iter__(self):
+            self.times += 1
+            return iter(range(self.first, self.first + count))
+
+    shards = [Counted(count * number) for number in range(4)]
+    source = IterableSource(shards)
+    loader = TricksDataLoader(source, sampler=StreamingSampler(source, batch_size=50, buffer=3 * BLOCK))
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        seen = list(chain(*(batch.tolist() for batch in loader)))
+        assert sorted(seen) == list(range(4 * count))
+    assert [shard.times for shard in shards] == [3] * 4  # counted, and twice read
+    assert not source._cursors
+
+
+def test_a_fingerprint_does_not_go_by_addresses():
+    class Row:
+        pass
+
+    assert IterableSource([[Row()]]).fingerprint() == IterableSource([[Row()]]).fingerprint()
 
 
 def test_iterables_that_cannot_be_meant():
