@@ -11,7 +11,7 @@ UPGRADE := .venv-upgrade
 UPGRADE_TESTS := tests/engines tests/strategies tests/conformance tests/recovery
 UPGRADED := $(UPGRADE)/bin/python -c "from importlib.metadata import version as v; \
   print('tested against', *(f'{n} {v(n)}' for n in ('lightning', 'deepspeed', 'torch')))"
-BENCHMARKS := equivalence memory step_time seam averaging demo adapters ensembles data gradients unfreezing
+BENCHMARKS := equivalence memory step_time seam averaging demo adapters ensembles data gradients unfreezing streaming
 
 # Quick tests take every core, file by file. The slow ones start processes that wait for each other, and share no core well.
 QUICK := -n logical --dist loadfile

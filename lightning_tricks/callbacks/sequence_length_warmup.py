@@ -1,7 +1,7 @@
 """Train on short sequences first, and let them grow with the tokens that were seen."""
 
 from collections.abc import Iterator, MutableMapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,12 +15,15 @@ __all__ = ["SequenceLengthWarmup"]
 
 
 class SequenceLengthWarmup(TrickCallback):
-    """Cuts the sequences of training batches to a length that grows from `start` to `end`.
+    """Holds the sequences of training batches to a length that grows from `start` to `end`.
 
     The length is linear in the real tokens that were trained on so far, over all ranks: at `tokens` it has grown. They
-    are counted as they are cut, survive a resume, and are the same on any number of ranks. Every tensor of the batch
-    whose first two dimensions are those of `key` is cut. Batches are dictionaries, possibly nested ones. The length is
-    logged as `sequence_length`. Validation and test see whole sequences.
+    are counted as they are cut, survive a resume, and are the same on any number of ranks. Batches are dictionaries,
+    possibly nested ones. The length is logged as `sequence_length`. Validation and test see whole sequences.
+
+    By truncation, every tensor of the batch whose first two dimensions are those of `key` is cut. By filtering, the
+    samples that are longer are left out, of every tensor and list whose first dimension is that of `key`; of a batch
+    that has no other, the shortest is kept and cut, so that each rank has something to train on.
 
     Args:
         start: the first length, in tokens, 1 or more.
@@ -28,10 +31,12 @@ class SequenceLengthWarmup(TrickCallback):
         tokens: real tokens over which the length grows, 1 or more.
         multiple: lengths are rounded down to a multiple of this, but not below `start`; 8 suits tensor cores.
         key: of the sequences that are counted and cut, shape (batch, length).
-        mask: of what is real in them, of the same shape; a batch without it has no padding.
+        mask: of what is real in them, of the same shape; a batch without it has no padding, and cannot be filtered.
+        by: "truncation" or "filtering".
 
     Raises:
-        MisconfigurationError: if an option is out of range, or a batch is no dictionary with `key`.
+        MisconfigurationError: if an option is out of range, or a batch is no dictionary with `key`, or without `mask`
+            where it is to be filtered.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -57,6 +62,7 @@ class SequenceLengthWarmup(TrickCallback):
         multiple: int = 8,
         key: str = "input_ids",
         mask: str = "attention_mask",
+        by: Literal["truncation", "filtering"] = "truncation",
     ) -> None:
         super().__init__()
         for name, value in (("start", start), ("end", end), ("tokens", tokens), ("multiple", multiple)):
@@ -65,7 +71,9 @@ class SequenceLengthWarmup(TrickCallback):
         if start >= end:
             raise MisconfigurationError(f"`start={start}` must be below `end={end}`, or there is nothing to warm up.")
         self.start, self.end, self.tokens, self.multiple = start, end, tokens, multiple
-        self.key, self.mask = key, mask
+        if by not in ("truncation", "filtering"):
+            raise MisconfigurationError(f"`by` must be 'truncation' or 'filtering', got {by!r}.")
+        self.key, self.mask, self.by = key, mask, by
         self.tokens_seen = 0
 
     @property
@@ -77,7 +85,7 @@ class SequenceLengthWarmup(TrickCallback):
         return max(self.start, grown // self.multiple * self.multiple)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Cut the batch in place, and count it. Done when the warm-up is: nothing more is cut, counted or sent."""
+        """Shorten the batch in place, and count it. Done when the warm-up is: nothing more is cut, counted or sent."""
         length = self.length
         pl_module.log("sequence_length", float(length), on_step=True, on_epoch=False)
         if self.tokens_seen >= self.tokens:
@@ -88,12 +96,27 @@ class SequenceLengthWarmup(TrickCallback):
                 f"SequenceLengthWarmup needs batches that are dictionaries with `{self.key}` of shape (batch, length),"
                 f" got {type(batch).__name__}. Return such from `collate_fn`, or pass another `key`."
             )
-        shape = held[self.key].shape[:2]
-        for entries in _mappings(batch):
-            for name, value in entries.items():
-                if isinstance(value, Tensor) and value.shape[:2] == shape:
-                    entries[name] = value[:, :length]
+        if self.by == "filtering":
+            length = self._filter(batch, held, length)
+        _cut(batch, held[self.key].shape[:2], length)
         self.tokens_seen += self._count(held)
+
+    def _filter(self, batch: Any, held: MutableMapping[str, Any], length: int) -> int:
+        """Leave the longer samples out. Returns how many columns to keep: those that the others take up."""
+        if self.mask not in held:
+            raise MisconfigurationError(
+                f"`by='filtering'` goes by the lengths of samples, which `{self.mask}` says: the batch has none beside"
+                f" `{self.key}`. Return it from `collate_fn` (DynamicPaddingCollator does), or pass another `mask`."
+            )
+        real = held[self.mask] != 0
+        lengths = real.sum(1)
+        kept = (lengths <= length).nonzero().flatten()
+        if not len(kept):
+            _keep(batch, len(lengths), lengths.argmin()[None])
+            return length
+        _keep(batch, len(lengths), kept)
+        used = real[kept].any(0).nonzero()
+        return 1 + int(used.max()) if len(used) else 1
 
     def _count(self, held: MutableMapping[str, Any]) -> int:
         real = held[self.mask].sum() if self.mask in held else torch.tensor(held[self.key].numel())
@@ -117,6 +140,22 @@ def _mappings(batch: Any) -> Iterator[MutableMapping[str, Any]]:
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
         for part in batch:
             yield from _mappings(part)
+
+
+def _cut(batch: Any, shape: torch.Size, length: int) -> None:
+    for entries in _mappings(batch):
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape[:2] == shape:
+                entries[name] = value[:, :length]
+
+
+def _keep(batch: Any, samples: int, kept: Tensor) -> None:
+    for entries in _mappings(batch):
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) == samples:
+                entries[name] = value[kept.to(value.device)]
+            elif isinstance(value, list) and len(value) == samples:
+                entries[name] = [value[at] for at in kept.tolist()]
 
 
 def _find(batch: Any, key: str) -> MutableMapping[str, Any] | None:

@@ -9,12 +9,27 @@ import numpy as np
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional.batching import share_out
 
-__all__ = ["Plan", "RankBatches", "Segment", "StepOrder", "check_whole", "continued"]
+__all__ = ["Plan", "RankBatches", "Segment", "StepOrder", "Steps", "check_whole", "continued"]
 
 BLOCK = 1 << 14  # samples, about, whose steps are looked up together
 
 # Of an epoch, what was trained on the same ranks: how many ranks, samples or tokens per rank, steps taken.
 Segment = tuple[int, int, int]
+
+
+class Steps(Protocol):
+    """The steps of an epoch, or of what is left of it."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, step: int, rank: int, world: int) -> np.ndarray:
+        """A rank's samples in a step."""
+
+    def batches(self, rank: int, world: int, step: int = 0) -> Iterator[list[int]]:
+        """A rank's samples in `step` and all after it, as lists."""
+
+    def rest(self, step: int) -> np.ndarray:
+        """The samples of `step` and all after it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +133,7 @@ class StepOrder(Protocol):
 
     def plan(
         self, world: int, limit: int, segment: int = 0, samples: np.ndarray | None = None, steps: int | None = None
-    ) -> Plan:
+    ) -> Steps:
         """The steps of this epoch, or of what is left of it after `segment` interruptions: `samples` in `steps`.
 
         Raises:
@@ -137,7 +152,7 @@ class StepOrder(Protocol):
         """What must not change between an interruption in mid-epoch and the resumption, besides ranks and limit."""
 
 
-def continued(order: StepOrder, segments: Sequence[Segment]) -> tuple[Plan, int]:
+def continued(order: StepOrder, segments: Sequence[Segment]) -> tuple[Steps, int]:
     """The plan of the last of `segments`, and the steps taken before it.
 
     Each segment shares out anew what the ones before it left, so that the epoch as a whole takes every sample once,
@@ -146,7 +161,7 @@ def continued(order: StepOrder, segments: Sequence[Segment]) -> tuple[Plan, int]
     Raises:
         MisconfigurationError: if what is left does not fit into the steps that are left.
     """
-    plan: Plan | None = None
+    plan: Steps | None = None
     done = taken = 0
     for index, (world, limit, steps) in enumerate(segments):
         if plan is None:

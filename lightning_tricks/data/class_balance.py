@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from lightning_tricks.data._order import PlainOrder
-from lightning_tricks.data._plan import Plan, StepOrder, check_whole
+from lightning_tricks.data._plan import StepOrder, Steps, check_whole
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.engines import Trick
 from lightning_tricks.errors import DataError, MisconfigurationError
@@ -120,7 +120,7 @@ class ClassBalancedSampler:
 
     def plan(
         self, world: int, limit: int, segment: int = 0, samples: np.ndarray | None = None, steps: int | None = None
-    ) -> Plan:
+    ) -> Steps:
         """The steps of this epoch, or of what is left of it; see `LengthBucketSampler.plan`."""
         return self._order.plan(world, limit, segment, samples, steps)
 

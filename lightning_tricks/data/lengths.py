@@ -15,6 +15,7 @@ from rich.progress import track
 from torch.utils.data import IterableDataset
 
 from lightning_tricks.data._plan import check_whole
+from lightning_tricks.data.parquet import ParquetSource
 from lightning_tricks.errors import DataError, MisconfigurationError
 
 __all__ = ["measure_lengths"]
@@ -53,11 +54,15 @@ def measure_lengths(
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise MisconfigurationError(
             f"`measure_lengths` needs a dataset with `__len__` and `__getitem__`, got {type(dataset).__name__}."
+            " Wrap it: IterableSource([dataset]), or ParquetSource or LitDataSource of files."
         )
     path = None if cache is None else Path(cache)
     if path is not None and path.is_file():
         return _read(path, len(dataset))
-    lengths = np.fromiter(_measured(dataset, length, num_workers), np.int64, len(dataset))
+    if isinstance(dataset, ParquetSource) and isinstance(length, str) and dataset.transform is None:
+        lengths = dataset.column_lengths(length)  # reads nothing else
+    else:
+        lengths = np.fromiter(_measured(dataset, length, num_workers), np.int64, len(dataset))
     if path is not None:
         _write(path, lengths)
     return lengths

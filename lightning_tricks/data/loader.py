@@ -7,12 +7,19 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_tricks.data._fingerprint import fingerprint_of
 from lightning_tricks.data._order import PlainOrder
 from lightning_tricks.data._plan import RankBatches, Segment, StepOrder, check_whole, continued
 from lightning_tricks.engines import ranks
 from lightning_tricks.errors import DataError, MisconfigurationError
 
 __all__ = ["TricksDataLoader"]
+
+CONTENT = "fingerprint of the data"
+REMEDY = (
+    "Load the samples into a map-style dataset, or stream them: source = IterableSource([dataset]), or ParquetSource or"
+    " LitDataSource of files, and TricksDataLoader(source, sampler=StreamingSampler(source, batch_size=...))."
+)
 
 
 class TricksDataLoader:
@@ -29,14 +36,16 @@ class TricksDataLoader:
     leaves its sampling alone; `trainer.overfit_batches` needs `shuffle=False`.
 
     Args:
-        dataset: a map-style dataset whose samples depend on nothing but their index.
+        dataset: a map-style dataset whose samples depend on nothing but their index; with a method `fingerprint`, or
+            from Hugging Face, its content is recognised when an epoch is resumed.
         batch_size: samples per rank and batch, at least 1.
         shuffle: a new order every epoch, or the dataset's own.
         seed: of the order, at least 0.
         drop_last: leave out the last global batch of an epoch when it is partial.
         num_workers: processes that load batches, 0 for none.
         collate_fn: makes a batch out of a list of samples; torch's default stacks tensors.
-        sampler: `LengthBucketSampler` or `ClassBalancedSampler`, instead of `batch_size`, `shuffle` and `seed`.
+        sampler: `LengthBucketSampler`, `ClassBalancedSampler` or `StreamingSampler`, instead of `batch_size`, `shuffle`
+            and `seed`.
 
     Raises:
         MisconfigurationError: for an option out of range, missing, or beside a sampler.
@@ -75,6 +84,7 @@ class TricksDataLoader:
             _refuse_beside_sampler(batch_size=batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last or None)
             sampler.check(size, collate_fn)
             self._order = sampler
+        self._fingerprint = fingerprint_of(dataset)
         self._taken: tuple[int, list[Segment]] = (-1, [])  # epoch, and what was handed out in it
         self._resumed = False
 
@@ -121,7 +131,7 @@ class TricksDataLoader:
             "batches": sum(steps for _, _, steps in segments),
             "length": len(self),
             "segments": [list(segment) for segment in segments],
-            **self._order.identity(),
+            **self._identity(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,8 +175,14 @@ class TricksDataLoader:
         continued(self._order, segments)  # raises now, not in the first step
         return segments
 
+    def _identity(self) -> dict[str, Any]:
+        known = {} if self._fingerprint is None else {CONTENT: self._fingerprint}
+        return {**self._order.identity(), **known}
+
     def _refuse_another_order(self, state: dict[str, Any]) -> None:
-        for name, now in self._order.identity().items():
+        for name, now in self._identity().items():
+            if name == CONTENT and name not in state:
+                continue  # saved when the dataset gave none
             if (before := state.get(name)) != now:
                 raise MisconfigurationError(
                     f"The checkpoint stands in the middle of an epoch (batch {state['batches']} of {state['length']})"
@@ -190,10 +206,9 @@ def _refuse_beside_sampler(**options: Any) -> None:
 
 
 def _size(dataset: Dataset[Any]) -> int:
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):  # litdata's has one
         raise MisconfigurationError(
-            f"TricksDataLoader needs a dataset with `__len__` and `__getitem__`, got {type(dataset).__name__}."
-            " Load the samples into a map-style dataset."
+            f"TricksDataLoader needs a dataset with `__len__` and `__getitem__`, got {type(dataset).__name__}. {REMEDY}"
         )
     if len(dataset) == 0:
         raise DataError("The dataset holds no samples. Check the file and the split it comes from.")

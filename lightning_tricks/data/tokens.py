@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_tricks.errors import DataError, MissingDependencyError
 __all__ = ["TokenDataset", "TokenizedTexts", "cache_folder", "load_tokenizer", "tokenize"]
 
 CHUNK = 500  # texts tokenised at a time
+EDGE = 4096  # tokens at either end that a fingerprint goes by
 VERSION = "1"  # of the cache's layout
 
 
@@ -73,6 +75,21 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """A checksum of the chosen rows, of all texts' lengths and labels, and of the first and the last tokens."""
+        parts = [
+            np.asarray(self.rows, np.int64),
+            self.texts.offsets,
+            self.texts.tokens[:EDGE],
+            self.texts.tokens[-EDGE:],
+        ]
+        if self.labels is not None:
+            parts.append(np.asarray(self.labels, np.int64))
+        checksum = 0
+        for part in parts:
+            checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+        return f"{checksum:08x}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self.rows[index])

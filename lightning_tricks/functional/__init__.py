@@ -29,6 +29,8 @@ from lightning_tricks.functional.lora import low_rank_update
 from lightning_tricks.functional.loss_sums import per_maximum_length, per_sequence, per_token
 from lightning_tricks.functional.low_rank_linear import low_rank_linear
 from lightning_tricks.functional.norm_statistics import NormMoments, percentile, remember_norm, zscore_limit
+from lightning_tricks.functional.packed_linear import packed_linear
+from lightning_tricks.functional.packed_weight import Packing, pack_weight
 from lightning_tricks.functional.patterns import is_glob, path_matches
 from lightning_tricks.functional.quantiles import QuantileSketch
 from lightning_tricks.functional.quantization import (
@@ -46,6 +48,7 @@ from lightning_tricks.functional.weighted_mean import weighted_mean
 __all__ = [
     "NF4",
     "NormMoments",
+    "Packing",
     "QuantileSketch",
     "Selection",
     "balanced_weights",
@@ -75,6 +78,8 @@ __all__ = [
     "low_rank_row_norms",
     "low_rank_update",
     "mean_of",
+    "pack_weight",
+    "packed_linear",
     "path_matches",
     "per_maximum_length",
     "per_sequence",

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tricks.functional.low_rank_linear import compute_dtype, refuse_second_derivative
+from lightning_tricks.functional.low_rank_linear import compute_dtype, read_weight, refuse_second_derivative
+from lightning_tricks.functional.packed_weight import Packing
 
 __all__ = ["dora_linear", "low_rank_row_norms"]
 
@@ -54,6 +55,7 @@ def dora_linear(
     scale: float,
     *,
     transposed: bool = False,
+    packing: Packing | None = None,
 ) -> Tensor:
     """`x @ W.T + bias`, where each row of `W` has the direction of `weight + scale * up.T @ down` and a trained length.
 
@@ -68,6 +70,7 @@ def dora_linear(
         magnitude: the rows' lengths, of shape (out_features,).
         scale: `alpha / rank`.
         transposed: whether `weight` has the shape (in_features, out_features), as in GPT-2.
+        packing: of a weight in few bits, as in `low_rank_linear`.
 
     Returns:
         A tensor of shape (..., out_features).
@@ -85,9 +88,11 @@ def dora_linear(
     References:
         Liu et al.: DoRA: Weight-decomposed low-rank adaptation (ICML 2024).
     """
-    compute = compute_dtype(x, weight)
+    compute = compute_dtype(x, weight if packing is None else x)
     rows = x.reshape(-1, x.shape[-1]).to(compute)
-    out: Tensor = _DoRALinear.apply(rows, weight, bias, down, up, magnitude, scale, transposed, compute)  # type: ignore[no-untyped-call]
+    out: Tensor = _DoRALinear.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias, down, up, magnitude, scale, transposed, compute, packing
+    )
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -106,8 +111,9 @@ class _DoRALinear(torch.autograd.Function):
         scale: float,
         transposed: bool,
         compute: torch.dtype,
+        packing: Packing | None,
     ) -> Tensor:
-        cast = weight.to(compute)
+        cast = read_weight(weight, packing, compute)
         matrix = cast if transposed else cast.t()
         small_down, small_up = down.to(compute), up.to(compute)
         with torch.autocast(x.device.type, enabled=False):
@@ -121,8 +127,9 @@ class _DoRALinear(torch.autograd.Function):
             out = x.mm(matrix).addmm_(narrow.t(), small_up, alpha=scale).mul_(factor.to(compute))
         if bias is not None:
             out.add_(bias.to(compute))
-        ctx.save_for_backward(x, cast, bias, down, up, magnitude, factor, narrow)
+        ctx.save_for_backward(x, cast if packing is None else weight, bias, down, up, magnitude, factor, narrow)
         ctx.scale, ctx.transposed, ctx.weight_dtype = scale, transposed, weight.dtype
+        ctx.compute, ctx.packing = compute, packing
         # Not by `save_for_backward`, which would refuse an in-place activation after the layer.
         untracked = torch.compiler.is_compiling() or out.is_inference()
         ctx.remembered = None if untracked else (out.detach(), out._version)
@@ -132,13 +139,14 @@ class _DoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("DoRA")
         x, weight, bias, down, up, _, factor, narrow = ctx.saved_tensors
-        grad = grads[0].to(weight.dtype)
+        grad = grads[0].to(ctx.compute)
         with torch.autocast(grad.device.type, enabled=False):
-            matrix = weight.t() if ctx.transposed else weight
+            cast = read_weight(weight, ctx.packing, ctx.compute)
+            matrix = cast.t() if ctx.transposed else cast
             small_down, small_up = down.to(grad.dtype), (up * (factor * ctx.scale)).to(grad.dtype)
             narrow_grad = small_up.mm(grad.t())
             grad_bias = grad.sum(0, dtype=_exact(grad)) if bias is not None else None
-            grad_magnitude = _magnitude_gradient(ctx, grad, grad_bias)
+            grad_magnitude = _magnitude_gradient(ctx, grad, grad_bias, matrix)
             grad_x = grad_weight = None
             if ctx.needs_input_grad[0]:
                 scaled = factor.to(grad.dtype)
@@ -152,19 +160,19 @@ class _DoRALinear(torch.autograd.Function):
             grad_up = (narrow.mm(grad).to(_exact(grad)) * (factor * ctx.scale)).to(up.dtype)
             if bias is not None and grad_bias is not None:
                 grad_bias = grad_bias.to(bias.dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, grad_down, grad_up, grad_magnitude, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_down, grad_up, grad_magnitude, None, None, None, None
 
 
-def _magnitude_gradient(ctx: Any, grad: Tensor, grad_bias: Tensor | None) -> Tensor:
+def _magnitude_gradient(ctx: Any, grad: Tensor, grad_bias: Tensor | None, matrix: Tensor) -> Tensor:
     """The sum over the batch of gradient times direction, which is (output - bias) / magnitude."""
-    x, weight, bias, _, up, magnitude, factor, narrow = ctx.saved_tensors
+    x, _, bias, _, up, magnitude, factor, narrow = ctx.saved_tensors
     lengths = _not_zero(magnitude)
     if ctx.remembered is not None and ctx.remembered[0]._version == ctx.remembered[1]:
         total = _sum_of_products(grad, ctx.remembered[0])
         if bias is not None and grad_bias is not None:
             total = total - grad_bias * bias
     else:
-        out = x.mm(weight if ctx.transposed else weight.t())
+        out = x.mm(matrix.t())
         out = out.addmm(narrow.t(), up.to(out.dtype), alpha=ctx.scale)
         total = _sum_of_products(grad, out) * factor
     return (total / lengths).to(magnitude.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_tricks.errors import UnsupportedError
+from lightning_tricks.functional.packed_weight import Packing
 
 __all__ = ["low_rank_linear"]
 
@@ -22,6 +23,7 @@ def low_rank_linear(
     *,
     dropout: float = 0.0,
     transposed: bool = False,
+    packing: Packing | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias + scale * (dropped(x) @ down.T) @ up`, in the precision of the weight, or of autocast.
 
@@ -38,6 +40,8 @@ def low_rank_linear(
         dropout: probability of dropping an input of the update, in [0, 1): rounded to a multiple of 1/256, since the
             mask is drawn a byte an element; what is kept is scaled by what is really kept.
         transposed: whether `weight` has the shape (in_features, out_features), as in GPT-2.
+        packing: of a weight in few bits, then of shape (out_features, in_features): it is unpacked for the forward
+            pass and again for the backward pass, and not kept in between.
 
     Returns:
         A tensor of shape (..., out_features).
@@ -51,7 +55,7 @@ def low_rank_linear(
         >>> low_rank_linear(torch.ones(1, 3), torch.eye(3), None, torch.ones(2, 3), torch.ones(2, 3), scale=0.5)
         tensor([[4., 4., 4.]])
     """
-    compute = compute_dtype(x, weight)
+    compute = compute_dtype(x, weight if packing is None else x)
     rows = x.reshape(-1, x.shape[-1]).to(compute)  # outside the function: what follows may change the result in place
     mask = None
     if dropped := round(dropout * _RANDOM_VALUES):
@@ -60,11 +64,13 @@ def low_rank_linear(
         scale = scale * _RANDOM_VALUES / (_RANDOM_VALUES - dropped)
     if not torch.compiler.is_compiling() and any(map(_is_transformed, (rows, weight, down, up))):
         # `torch.func` has no rule for a backward pass written by hand, and takes no operation in place here.
-        kept, matrix = rows if mask is None else rows * mask, weight.to(compute)
+        kept, matrix = rows if mask is None else rows * mask, read_weight(weight, packing, compute)
         base = _affine(rows, matrix if transposed else matrix.t(), bias)
         whole = base + scale * kept.mm(down.to(compute).t()).mm(up.to(compute))
         return whole.view(*x.shape[:-1], whole.shape[-1])
-    out: Tensor = _LowRankLinear.apply(rows, weight, bias, down, up, mask, scale, transposed, compute)  # type: ignore[no-untyped-call]
+    out: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias, down, up, mask, scale, transposed, compute, packing
+    )
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -79,6 +85,11 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def read_weight(weight: Tensor, packing: Packing | None, dtype: torch.dtype) -> Tensor:
+    """A weight at a precision, unpacked if it is in few bits."""
+    return weight.to(dtype) if packing is None else packing.unpack(weight, dtype)
 
 
 def refuse_second_derivative(name: str) -> None:
@@ -117,21 +128,25 @@ class _LowRankLinear(torch.autograd.Function):
         scale: float,
         transposed: bool,
         compute: torch.dtype,
+        packing: Packing | None,
     ) -> Tensor:
-        cast = weight.to(compute)
+        cast = read_weight(weight, packing, compute)
         matrix = cast if transposed else cast.t()
         small_down, small_up = down.to(compute), up.to(compute)
         narrow = None
         if mask is None and compute == torch.float32 and x.shape[1] < x.shape[0]:
             # One pass over the weight is cheaper than one over the outputs.
-            matrix = torch.addmm(matrix, small_down.t(), small_up, alpha=scale)
+            if packing is None:
+                matrix = torch.addmm(matrix, small_down.t(), small_up, alpha=scale)
+            else:  # what was unpacked is nobody else's
+                matrix = cast.addmm_(small_up.t(), small_down, alpha=scale).t()
             out = _affine(x, matrix, bias)
         else:
             out = _affine(x, matrix, bias)
             narrow = small_down.mm((x if mask is None else x * mask).t())
             out.addmm_(narrow.t(), small_up, alpha=scale)
-        ctx.save_for_backward(x, cast, down, up, mask, narrow)
-        ctx.scale, ctx.transposed = scale, transposed
+        ctx.save_for_backward(x, cast if packing is None else weight, down, up, mask, narrow)
+        ctx.scale, ctx.transposed, ctx.compute, ctx.packing = scale, transposed, compute, packing
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return out
 
@@ -139,14 +154,15 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("A low-rank adapter")
         x, weight, down, up, mask, narrow = ctx.saved_tensors
-        grad = grads[0].to(weight.dtype)
+        grad = grads[0].to(ctx.compute)
         with torch.autocast(grad.device.type, enabled=False):
             kept = x if mask is None else x * mask
-            small_down, small_up = down.to(weight.dtype), up.to(weight.dtype)
+            small_down, small_up = down.to(ctx.compute), up.to(ctx.compute)
             narrow_grad = small_up.mm(grad.t()).mul_(ctx.scale)
             grad_x = grad_weight = grad_bias = None
             if ctx.needs_input_grad[0]:
-                grad_x = grad.mm(weight.t() if ctx.transposed else weight)
+                matrix = read_weight(weight, ctx.packing, ctx.compute)
+                grad_x = grad.mm(matrix.t() if ctx.transposed else matrix)
                 if mask is None:
                     grad_x.addmm_(narrow_grad.t(), small_down)
                 else:
@@ -160,7 +176,7 @@ class _LowRankLinear(torch.autograd.Function):
                 narrow = small_down.mm(x.t())
             grad_down = narrow_grad.mm(kept).to(down.dtype)
             grad_up = narrow.mm(grad).mul_(ctx.scale).to(up.dtype)
-        return grad_x, grad_weight, grad_bias, grad_down, grad_up, None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_down, grad_up, None, None, None, None, None
 
 
 def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
         >>> dequantize_int8(torch.tensor([[64, -127]], dtype=torch.int8), torch.tensor([[1 / 127]]))
         tensor([[ 0.5039, -1.0000]])
     """
-    return codes.float() * scales
+    return codes.float().mul_(scales)
 
 
 def quantize_int4(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,13 +105,12 @@ class NF4:
         return 8 * float(sum(tensor.nbytes for tensor in kept)) / math.prod(self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values that it stands for: one look-up a byte, which gives two elements."""
-        pairs = _pairs().to(self.packed.device)
-        values = pairs[self.packed.long()].view(-1)
-        blocks = values[: self.scales.numel() * self.block].view(-1, self.block) * self._block_scales()[:, None]
-        return blocks.reshape(-1)[: math.prod(self.shape)].view(self.shape).to(dtype)
+        """The values that it stands for, in fp32 and then rounded once to `dtype`."""
+        values = _levels_of(self.packed).view(-1, self.block).mul_(self.block_scales()[:, None])
+        return values.view(-1)[: math.prod(self.shape)].view(self.shape).to(dtype)
 
-    def _block_scales(self) -> Tensor:
+    def block_scales(self) -> Tensor:
+        """The scale of each block, in fp32."""
         if self.outer is None:
             return self.scales
         scales, mean = self.outer
@@ -147,8 +145,8 @@ def quantize_nf4(values: Tensor, *, block: int = 64, double: bool = True) -> NF4
     scales = padded.abs().amax(1)
     rounded, outer = _quantized_scales(scales) if double else (scales, None)
     made = NF4(torch.empty(0), rounded, tuple(values.shape), block, outer)
-    normal = padded / _not_zero(made._block_scales())[:, None]  # by the scale that it will be multiplied by
-    codes = torch.bucketize(normal, _boundaries().to(normal.device)).to(torch.uint8).view(-1)
+    normal = padded / _not_zero(made.block_scales())[:, None]  # by the scale that it will be multiplied by
+    codes = torch.bucketize(normal, _BOUNDARIES.to(normal.device)).to(torch.uint8).view(-1)
     return NF4(codes[0::2] * 16 + codes[1::2], rounded, tuple(values.shape), block, outer)
 
 
@@ -159,7 +157,6 @@ def _quantized_scales(scales: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return codes.view(-1)[: scales.numel()].clone(), (outer.view(-1), mean)
 
 
-@cache
 def _levels() -> Tensor:
     """Quantiles of the normal distribution, eight below zero, zero, and seven above; the last ones are -1 and 1."""
     positive = torch.special.ndtri(torch.linspace(_TAIL, 0.5, 9, dtype=torch.float64)[:-1])
@@ -168,17 +165,21 @@ def _levels() -> Tensor:
     return (levels / levels.abs().max()).float()
 
 
-@cache
-def _boundaries() -> Tensor:
-    levels = _levels()
-    return (levels[1:] + levels[:-1]) / 2
+_LEVELS = _levels()
+_LISTED = tuple(_LEVELS.tolist())
+_BOUNDARIES = (_LEVELS[1:] + _LEVELS[:-1]) / 2
+_BYTES = torch.arange(256)
+# For each byte, its two levels side by side, as one number of eight bytes: to look one up is to copy it.
+_PAIRS = torch.stack((_LEVELS[_BYTES // 16], _LEVELS[_BYTES % 16]), dim=1).view(torch.int64).view(-1)
 
 
-@cache
-def _pairs() -> Tensor:
-    """For each byte, its two levels."""
-    codes = torch.arange(256)
-    return torch.stack((_levels()[codes // 16], _levels()[codes % 16]), dim=1)
+def _levels_of(packed: Tensor) -> Tensor:
+    """The levels that bytes stand for, two for each, in fp32: a new tensor, without the blocks' scales."""
+    if torch.compiler.is_compiling():  # which makes one loop of this, and cannot look eight bytes up
+        levels = torch.tensor(_LISTED, device=packed.device)
+        codes = torch.stack((packed >> 4, packed & 15), dim=-1)
+        return levels[codes.int()].view(-1)
+    return _PAIRS.to(packed.device).index_select(0, packed.int()).view(torch.float32)
 
 
 def _finite(values: Tensor) -> Tensor:

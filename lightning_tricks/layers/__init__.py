@@ -6,6 +6,7 @@ from lightning_tricks.layers.fast_path import leave_fast_path
 from lightning_tricks.layers.lora_convolution import LoRAConv1d, LoRAConv2d, LoRAEmbedding
 from lightning_tricks.layers.lora_linear import LoRALinear
 from lightning_tricks.layers.low_rank import LowRank, LowRankLayer
+from lightning_tricks.layers.packed import PackedLinear, PackedWeight, packed_layers
 from lightning_tricks.layers.prompts import Prefix, Prompt, Prompts
 from lightning_tricks.layers.scaled import ScaledLayer, ScaledLinear, Scaling
 from lightning_tricks.layers.targets import Target, find_linears, find_targets
@@ -21,6 +22,8 @@ __all__ = [
     "LoRALinear",
     "LowRank",
     "LowRankLayer",
+    "PackedLinear",
+    "PackedWeight",
     "Prefix",
     "Prompt",
     "Prompts",
@@ -32,4 +35,5 @@ __all__ = [
     "find_linears",
     "find_targets",
     "leave_fast_path",
+    "packed_layers",
 ]

@@ -7,8 +7,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_tricks.layers.lora_linear import adapted
 from lightning_tricks.layers.low_rank import LowRankLayer
+from lightning_tricks.layers.packed import PackedWeight
 
-__all__ = ["LoRATransposed"]
+__all__ = ["LoRATransposed", "PackedTransposed"]
 
 
 class LoRATransposed(LowRankLayer, Conv1D):  # type: ignore[misc]
@@ -51,3 +52,7 @@ class LoRATransposed(LowRankLayer, Conv1D):  # type: ignore[misc]
         """The layer without adapters."""
         out: Tensor = Conv1D.forward(self, x)
         return out
+
+
+class PackedTransposed(PackedWeight, LoRATransposed):
+    """`Conv1D` in few bits, with low-rank adapters. What is packed has the shape (outputs, inputs)."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tricks.engines import whole
 from lightning_tricks.errors import MisconfigurationError
+from lightning_tricks.functional import Packing
 from lightning_tricks.layers.adapted import AdaptedLayer
 
 __all__ = ["LowRank", "LowRankLayer"]
@@ -53,6 +54,12 @@ class LowRankLayer(AdaptedLayer):
 
     kinds = ("lora_A", "lora_B", "lora_magnitude")
     adapters: dict[str, LowRank]
+    packing: Packing | None = None  # of a weight that is kept in few bits
+
+    @property
+    def kept(self) -> Tensor:
+        """What holds the weight."""
+        return cast(Tensor, self.weight)
 
     def matrix_shape(self) -> tuple[int, int]:
         """The weight's (outputs, inputs)."""
@@ -70,7 +77,7 @@ class LowRankLayer(AdaptedLayer):
         outputs, inputs = self.matrix_shape()
         groups = max(1, len(options.slices))
         wide = sum(stop - start for start, stop in options.slices) or outputs
-        device = cast(Tensor, self.weight).device
+        device = self.kept.device
         self.set_own("lora_A", name, nn.Parameter(torch.empty(groups * options.rank, inputs, device=device)))
         self.set_own("lora_B", name, nn.Parameter(torch.empty(options.rank, wide, device=device)))
         if options.decomposed:

@@ -135,14 +135,21 @@ def _before(host: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any
     given = tokens if tokens is not None else named.get("inputs_embeds")
     if given is None:
         raise MisconfigurationError("a prompt needs `input_ids` or `inputs_embeds`, and the model was given neither.")
+    cache = named.get("past_key_values")
     mask = named.get("attention_mask")
     if mask is None:
-        mask = given.new_ones(given.shape[:2], dtype=torch.long)
+        past = 0 if cache is None else max(0, cache.get_seq_length() - options.tokens)
+        mask = given.new_ones(len(given), past + given.shape[1], dtype=torch.long)
     named["attention_mask"] = torch.cat((mask.new_ones(len(mask), options.tokens), mask), dim=1)
+    named.pop("cache_position", None)  # the model knows how long its cache is
+    if named.get("position_ids") is not None:
+        named["position_ids"] = named["position_ids"] + options.tokens
+    if cache is not None and cache.get_seq_length():
+        return arguments, named  # a step of generation: what comes first is in the cache
     if isinstance(options, Prompt):
         _prepend(host, prompts, options, named)
     else:
-        named["past_key_values"] = _cache(host, prompts(), options, len(given))
+        named["past_key_values"] = _fill(host, prompts(), options, len(given), cache)
         named["use_cache"] = True
     return arguments, named
 
@@ -154,18 +161,24 @@ def _prepend(host: Any, prompts: Prompts, options: Prompt, named: dict[str, Any]
     named["input_ids"] = None
     prompt = prompts().to(embedded.dtype).expand(len(embedded), -1, -1)
     named["inputs_embeds"] = torch.cat((prompt, embedded), dim=1)
+    if (places := named.get("position_ids")) is not None:
+        first = torch.arange(options.tokens, device=places.device).expand(len(places), -1)
+        named["position_ids"] = torch.cat((first, places), dim=1)
     for key, value in (("labels", -100), ("token_type_ids", 0)):
         if named.get(key) is not None and named[key].shape[1:] == embedded.shape[1:2]:
             before = named[key].new_full((len(embedded), options.tokens), value)
             named[key] = torch.cat((before, named[key]), dim=1)
 
 
-def _cache(host: Any, prefix: Tensor, options: Prefix, batch: int) -> Any:
-    from transformers import DynamicCache
+def _fill(host: Any, prefix: Tensor, options: Prefix, batch: int, cache: Any) -> Any:
+    """The user's cache, or one for this call alone, with the prefix in it."""
+    if cache is None:
+        from transformers import DynamicCache
 
+        cache = DynamicCache()
+        cache.of_this_call = True
     shape = options.tokens, 2 * options.layers, options.heads, options.head_width
     parts = prefix.to(host.dtype).view(shape).permute(1, 2, 0, 3)  # (2 * layers, heads, tokens, head width)
-    cache = DynamicCache()
     for layer in range(options.layers):
         keys, values = (parts[2 * layer + part].expand(batch, -1, -1, -1) for part in (0, 1))
         cache.update(keys, values, layer)
@@ -178,13 +191,17 @@ def _after(host: Any, _arguments: tuple[Any, ...], named: dict[str, Any], out: A
     options = [prompts.adapters[name] for name in prompts.active]
     if not options:
         return out
-    if isinstance(options[0], Prefix):  # it came by the cache, which is no output of the user's
-        out.past_key_values = None
+    cache = named.get("past_key_values")
+    if isinstance(options[0], Prefix):
+        if getattr(cache, "of_this_call", False):  # it is no output of the user's
+            out.past_key_values = None
         return out
-    full = named["inputs_embeds"].shape[1]
+    embedded = named.get("inputs_embeds")
+    if embedded is None or (cache is not None and cache.get_seq_length() > embedded.shape[1]):
+        return out  # a step of generation, before which nothing was put
     for key in ("last_hidden_state", "logits"):
         value = out.get(key)
-        if value is not None and value.dim() == 3 and value.shape[1] == full:
+        if value is not None and value.dim() == 3 and value.shape[1] == embedded.shape[1]:
             out[key] = value[:, options[0].tokens :]
     return out
 
@@ -194,11 +211,10 @@ def _refuse(host: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> 
         raise MisconfigurationError(
             f"a {type(host).__name__} with a prompt takes keyword arguments only: write `model(input_ids=...)`."
         )
-    for key in ("past_key_values", "position_ids", "cache_position"):
-        if named.get(key) is not None:
-            raise MisconfigurationError(
-                f"`{key}` does not count the prompt's positions: leave it out. Step-by-step generation is not done "
-                "with prompts here; save the adapter and generate with peft."
-            )
+    cache = named.get("past_key_values")
+    if cache is not None and type(cache).__name__ != "DynamicCache":
+        raise MisconfigurationError(
+            f"a {type(cache).__name__} has no room for the prompt's positions: generate with the default cache."
+        )
     if named.get("return_dict") is False:
         raise MisconfigurationError("a prompt's positions are taken off by name: leave out `return_dict=False`.")

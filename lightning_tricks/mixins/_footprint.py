@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_tricks.layers import packed_layers
+
 __all__ = ["TrainableReport", "trainable_report"]
 
 _MOMENTS = 2 * 4  # bytes an element that Adam keeps in fp32: two moments
@@ -18,10 +20,11 @@ class TrainableReport:
 
     Args:
         trained: parameters that require a gradient.
-        total: all parameters, tied ones once.
+        total: all parameters, tied ones once, those in few bits too.
         weights: bytes of all parameters.
         gradients: bytes of the gradients, now and under full fine-tuning.
         optimizer: bytes of the moments, now and under full fine-tuning.
+        saved: bytes of weights that full fine-tuning would need besides: those in few bits at the precision they had.
     """
 
     trained: int
@@ -29,6 +32,7 @@ class TrainableReport:
     weights: int
     gradients: tuple[int, int]
     optimizer: tuple[int, int]
+    saved: int = 0
 
     @property
     def share(self) -> float:
@@ -37,10 +41,11 @@ class TrainableReport:
 
     def __str__(self) -> str:
         now = self.weights + self.gradients[0] + self.optimizer[0]
-        full = self.weights + self.gradients[1] + self.optimizer[1]
+        full = self.weights + self.saved + self.gradients[1] + self.optimizer[1]
+        unpacked = f" (all trained: {self.weights + self.saved:,})" if self.saved else ""
         return (
             f"{self.trained:,} of {self.total:,} parameters are trained ({100 * self.share:.3g}%). Bytes: weights "
-            f"{self.weights:,}; gradients {self.gradients[0]:,} (all trained: {self.gradients[1]:,}); Adam "
+            f"{self.weights:,}{unpacked}; gradients {self.gradients[0]:,} (all trained: {self.gradients[1]:,}); Adam "
             f"{self.optimizer[0]:,} ({self.optimizer[1]:,}); together {now:,} ({full:,})."
         )
 
@@ -61,16 +66,22 @@ def trainable_report(module: nn.Module) -> TrainableReport:
     """
     parameters = list(module.parameters())
     sizes = {id(p): int(getattr(p, "ds_numel", p.numel())) for p in parameters}
+    packed = {id(layer.kept): layer for _, layer in packed_layers(module)}
+    counts = {key: packed[key].packing.elements if key in packed else size for key, size in sizes.items()}
     trained = [p for p in parameters if p.requires_grad]
-    floating = [p for p in parameters if p.is_floating_point()]  # a quantised weight would not be trained as it is
-    counted, everything = (sum(sizes[id(p)] for p in chosen) for chosen in (trained, floating))
+    floating = [p for p in parameters if p.is_floating_point()]  # other numbers would not be trained
+    saved = sum(counts[key] * layer.weight_dtype.itemsize - sizes[key] for key, layer in packed.items())
+    everything = sum(counts[id(p)] for p in floating) + sum(counts[key] for key in packed)
+    in_few_bits = sum(counts[key] * layer.weight_dtype.itemsize for key, layer in packed.items())
+    counted = sum(sizes[id(p)] for p in trained)
     return TrainableReport(
         trained=counted,
-        total=sum(sizes.values()),
+        total=sum(counts.values()),
         weights=sum(sizes[id(p)] * p.element_size() for p in parameters),
         gradients=(
             sum(sizes[id(p)] * p.element_size() for p in trained),
-            sum(sizes[id(p)] * p.element_size() for p in floating),
+            sum(sizes[id(p)] * p.element_size() for p in floating) + in_few_bits,
         ),
         optimizer=(counted * _MOMENTS, everything * _MOMENTS),
+        saved=saved,
     )

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_tricks.engines import whole
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import fingerprint, same_fingerprint
-from lightning_tricks.layers import AdaptedLayer, adapted_layers
+from lightning_tricks.layers import AdaptedLayer, adapted_layers, packed_layers
 
 __all__ = ["FrozenBase"]
 
@@ -51,8 +51,12 @@ class FrozenBase:
     def fingerprints(self, owner: nn.Module) -> dict[str, dict[str, str]]:
         """The fingerprint of each frozen parameter, computed when first asked for in a run. Collective."""
         found = {}
+        packed = {id(layer.kept): layer for _, layer in packed_layers(owner)}
         for raw_name, parameter in self.parameters(owner):
             name = raw_name.replace(_COMPILED, "")
+            if (layer := packed.get(id(parameter))) is not None:  # of the weight that was packed: the same base
+                found[name.removesuffix(layer.key) + "weight"] = layer.original
+                continue
             if name not in self._fingerprints:
                 self._fingerprints[name] = fingerprint(whole(parameter))
             found[name] = self._fingerprints[name]

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import fingerprint, path_matches, same_fingerprint
 from lightning_tricks.mixins._adapter_folder import AdapterFolder, read_folder
-from lightning_tricks.mixins._peft_formats import method_of
+from lightning_tricks.mixins._peft_method import method_of
 from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA
 from lightning_tricks.storage import WeightsFile, write_weights

@@ -22,6 +22,7 @@ class Method:
 
     mergeable: ClassVar[bool] = True  # into the base's own weights
     switchable: ClassVar[bool] = True  # off, so that the base alone computes
+    packs_base: ClassVar[bool] = False  # whether it computes with its targets' weights itself, in however few bits
     reason: ClassVar[str] = ""  # why not, and what to do instead
 
     def plan(self, module: nn.Module, name: str) -> dict[str, Any]:

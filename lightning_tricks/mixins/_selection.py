@@ -8,11 +8,14 @@ from torch import nn
 
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import path_matches
-from lightning_tricks.layers import adapted_layers
+from lightning_tricks.layers import PackedWeight, adapted_layers, packed_layers
 
 __all__ = [
+    "require_ability",
     "require_identifier",
     "require_mergeable",
+    "require_unmerged",
+    "require_unpacked",
     "require_values",
     "several",
     "trainable",
@@ -52,7 +55,7 @@ def require_values(module: nn.Module, plan: dict[str, Any]) -> None:
     """
     for path in plan:
         try:
-            weight = getattr(module.get_submodule(path), "weight", None)
+            weight: Any = _kept(module.get_submodule(path))
         except AttributeError:  # the place is no module, but a name of the method's own
             continue
         if weight is not None and (weight.is_meta or hasattr(weight, "device_mesh")):
@@ -61,6 +64,37 @@ def require_values(module: nn.Module, plan: dict[str, Any]) -> None:
                 f"the weight of `{path}` is {state}: call `adapt` in `__init__` or `configure_model`, once the "
                 "pretrained weights are loaded and before the strategy shards them."
             )
+
+
+def require_unmerged(owner: nn.Module, what: str) -> None:
+    """Merged weights are not the base's.
+
+    Args:
+        owner: the module with the adapters.
+        what: what is about to be done, as in "before you ...".
+
+    Raises:
+        MisconfigurationError: if adapters are merged.
+    """
+    if any(layer.merged is not None for _, layer in adapted_layers(owner)):
+        raise MisconfigurationError(f"adapters are merged: call `unmerge_adapters()` before you {what}.")
+
+
+def require_ability(owner: nn.Module, what: str, ability: str) -> None:
+    """Not every method can be merged, or switched off.
+
+    Args:
+        owner: the module with the adapters.
+        what: what is asked of them, as in "cannot ...".
+        ability: the attribute of a method that says whether it can.
+
+    Raises:
+        MisconfigurationError: naming a method that cannot.
+    """
+    methods = [adapter.method for held in vars(owner).get("_adapted", {}).values() for adapter in held.values()]
+    for method in methods:
+        if not getattr(method, ability):
+            raise MisconfigurationError(f"{type(method).__name__} cannot {what}: {method.reason}")
 
 
 def require_mergeable(owner: nn.Module) -> None:
@@ -73,7 +107,7 @@ def require_mergeable(owner: nn.Module) -> None:
     for name, parameter in owner.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     for path, layer in adapted_layers(owner):
-        weight: Any = getattr(layer, "weight", None)
+        weight = _kept(layer)
         if weight is None or not layer.active:
             continue
         if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
@@ -86,6 +120,21 @@ def require_mergeable(owner: nn.Module) -> None:
                 f"the weight of `{path}` is that of `{others[0]}` too, which the adapter does not change, and a merge "
                 "would: leave the adapter unmerged, or untie the two before adapting."
             )
+
+
+def require_unpacked(owner: nn.Module) -> None:
+    """Few bits have no room for what a merge adds.
+
+    Raises:
+        MisconfigurationError: naming the layer, the reason, and what to do instead.
+    """
+    for path, layer in packed_layers(owner):
+        raise MisconfigurationError(f"adapters cannot be merged into `{path}`: {layer.no_merge}")
+
+
+def _kept(layer: nn.Module) -> Any:
+    """What holds the weight of a layer, if it has one."""
+    return layer.kept if isinstance(layer, PackedWeight) else getattr(layer, "weight", None)
 
 
 def warn_of_frozen_heads(module: nn.Module) -> None:

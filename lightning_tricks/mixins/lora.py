@@ -78,6 +78,7 @@ class LoRA(Method):
 
     recorded: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rslora", "init")
     decomposed: ClassVar[bool] = False
+    packs_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_ranks(self.rank)

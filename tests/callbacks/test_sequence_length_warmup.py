@@ -69,17 +69,93 @@ def test_lengths_grow_with_real_tokens(tmp_path, multiple):
     assert warmup.length == 40
 
 
-def test_resumed_in_the_middle(tmp_path):
-    whole = fit(tmp_path, SequenceLengthWarmup(4, 40, tokens=300)).seen
+def expected_by_filtering(start, end, tokens, multiple):
+    """The same for filtering: of each pair those that fit, or the shorter one, cut."""
+    seen, found = 0, []
+    for _ in range(2):
+        for first in range(0, len(LENGTHS), 2):
+            length = end
+            if seen < tokens:
+                length = max(start, int(start + (end - start) * (seen / tokens)) // multiple * multiple)
+            pair = LENGTHS[first : first + 2]
+            kept = [n for n in pair if n <= length] or [min(*pair, length)]
+            found.append(((len(kept), max(kept)), sum(kept), (len(kept),)))
+            seen += sum(kept)
+    return found
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_longer_samples_are_left_out(tmp_path, multiple):
+    warmup = SequenceLengthWarmup(4, 40, tokens=40, multiple=multiple, by="filtering")
+    module = fit(tmp_path, warmup)
+    wanted = expected_by_filtering(4, 40, 40, multiple)
+    assert module.seen == wanted
+    assert {shape[0] for shape, *_ in module.seen} == {1, 2}
+    assert warmup.tokens_seen == sum(tokens for _, tokens, _ in wanted[: 1 + next_full(wanted, 40)])
+    assert set(module.validated) >= {40}
+
+
+def next_full(wanted, tokens):
+    """The batch with which the warm-up is over."""
+    total = 0
+    for place, (_, real, _) in enumerate(wanted):
+        total += real
+        if total >= tokens:
+            return place
+    raise AssertionError("too few tokens")
+
+
+def test_filtering_leaves_each_sample_with_what_is_its_own(tmp_path):
+    """Left-padded, with lists, tensors of one dimension and a number beside them."""
+    rows = torch.tensor([[0, 0, 7, 7], [1, 1, 1, 1], [0, 0, 0, 9]])
+    mask = (rows > 0).long()
+    batch = {
+        "text": {"input_ids": rows, "attention_mask": mask},
+        "y": torch.tensor([7, 1, 9]),
+        "name": ["seven", "one", "nine"],
+        "weights": torch.ones(2),
+        "temperature": torch.tensor(3.0),
+    }
+    taken = []
+
+    class Take(Spy):
+        def training_step(self, batch):
+            taken.append(batch)
+            return self.layer(torch.ones(1, 1)).mean()
+
+    data = TricksDataLoader([0], batch_size=1, shuffle=False, seed=0, collate_fn=lambda _: batch)
+    warmup = SequenceLengthWarmup(3, 40, tokens=1000, by="filtering")
+    quiet_trainer(tmp_path, [warmup], max_epochs=1, limit_val_batches=0).fit(Take(), data)
+    (found,) = taken
+    assert found["text"]["input_ids"].tolist() == [[0, 0, 7, 7], [0, 0, 0, 9]]
+    assert found["y"].tolist() == [7, 9]
+    assert found["name"] == ["seven", "nine"]
+    assert found["weights"].tolist() == [1, 1]
+    assert warmup.tokens_seen == 3
+
+
+def test_filtering_needs_a_mask(tmp_path):
+    data = TricksDataLoader(
+        [{"input_ids": [1, 2]}], batch_size=1, shuffle=False, seed=0, collate_fn=DynamicPaddingCollator(masks={})
+    )
+    run = quiet_trainer(tmp_path, [SequenceLengthWarmup(4, 40, tokens=9, by="filtering")], limit_val_batches=0)
+    with pytest.raises(MisconfigurationError, match=r"`by='filtering'` goes by .* `attention_mask` says"):
+        run.fit(Spy(), data)
+
+
+@pytest.mark.parametrize("by", ["truncation", "filtering"])
+def test_resumed_in_the_middle(tmp_path, by):
+    whole = fit(tmp_path, SequenceLengthWarmup(4, 40, tokens=300, by=by)).seen
 
     class Save(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 7:
                 trainer.save_checkpoint(tmp_path / "seven.ckpt")
 
-    run = quiet_trainer(tmp_path, [Save(), SequenceLengthWarmup(4, 40, tokens=300)], max_epochs=2, max_steps=8)
+    run = quiet_trainer(tmp_path, [Save(), SequenceLengthWarmup(4, 40, tokens=300, by=by)], max_epochs=2, max_steps=8)
     run.fit(Spy(), loader(), loader())
-    assert fit(tmp_path, SequenceLengthWarmup(4, 40, tokens=300), resume=tmp_path / "seven.ckpt").seen == whole[7:]
+    warmup = SequenceLengthWarmup(4, 40, tokens=300, by=by)
+    assert fit(tmp_path, warmup, resume=tmp_path / "seven.ckpt").seen == whole[7:]
 
 
 def test_batches_that_cannot_be_cut(tmp_path):
@@ -102,6 +178,7 @@ def test_batches_that_cannot_be_cut(tmp_path):
         ({"end": 4}, "`start=4` must be below `end=4`"),
         ({"tokens": 0}, "`tokens` must be"),
         ({"multiple": 1.5}, "`multiple` must be"),
+        ({"by": "sorting"}, "`by` must be 'truncation' or 'filtering', got 'sorting'"),
     ],
 )
 def test_bad_options(options, message):

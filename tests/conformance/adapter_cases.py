@@ -14,6 +14,7 @@ from tests.conformance.model import VOCABULARY, WIDTH, Classifier
 
 METHODS: dict[str, Method] = {
     "LoRA": LoRA(rank=3, alpha=6, targets=("embedding", "query", "value:0-9"), rslora=True),
+    "QLoRA": LoRA(rank=3, alpha=6, targets=("query", "value", "down")),
     "DoRA": DoRA(rank=4, alpha=8, targets=("query", "value")),
     "IA3": IA3(targets=("key", "value"), feedforward=("down",)),
     "BitFit": BitFit(targets=("*",)),
@@ -21,6 +22,7 @@ METHODS: dict[str, Method] = {
     "PromptTuning": PromptTuning(tokens=3),
     "PrefixTuning": PrefixTuning(tokens=3, reparametrised=5),
 }
+BASES: dict[str, Any] = {"QLoRA": "nf4"}
 
 
 class Adapted(AdapterMixin, Classifier):
@@ -33,7 +35,7 @@ class Adapted(AdapterMixin, Classifier):
         if isinstance(policy, PromptTuning | PrefixTuning):
             self.encoder, norm = Decoder(), "ln_f"
         net = self.encoder.net if isinstance(self.encoder, Decoder) else self.encoder
-        self.adapt(net, policy, trainable=(norm,))
+        self.adapt(net, policy, trainable=(norm,), base=BASES.get(method))
 
 
 class Decoder(nn.Module):

@@ -52,6 +52,7 @@ from tests.conformance import data_cases
 from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
 from tests.conformance import schedule_cases as schedule
+from tests.conformance import streaming_cases as streaming
 from tests.conformance import unfreezing_cases as unfreezing
 from tests.conformance.adapter_cases import ROWS as ADAPTER_ROWS
 from tests.conformance.compare import differences
@@ -448,6 +449,7 @@ CASES = (
         data_cases.check_sequence_length_warmup,
         data_cases.observe_sequence_length_warmup,
     ),
+    Case("StreamingSampler", streaming.streaming_sampler, streaming.check_streaming_sampler),
 )
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_tricks.data import tokens
 from lightning_tricks.data.packages import minilm_folder
-from lightning_tricks.data.tokens import TokenDataset, load_tokenizer, tokenize
+from lightning_tricks.data.tokens import TokenDataset, TokenizedTexts, load_tokenizer, tokenize
 from lightning_tricks.errors import DataError
 
 TEXTS = ["One film.", "Another, rather longer, film.", "naïve film", "One film."] * 300  # more than one chunk
@@ -131,3 +131,23 @@ def test_a_tokenizer_with_nothing_to_pad_with(tmp_path):
 def test_no_such_tokenizer(tmp_path):
     with pytest.raises(DataError, match=r"There is no tokenizer `.*nothing`"):
         load_tokenizer(tmp_path / "nothing")
+
+
+def test_the_fingerprint_of_a_dataset_tells_other_rows_labels_and_texts_apart():
+    texts = TokenizedTexts(np.arange(9, dtype=np.int32), np.array([0, 2, 5, 9]))
+    shifted = TokenizedTexts(np.arange(9, dtype=np.int32), np.array([0, 3, 5, 9]))
+    other = TokenizedTexts(np.arange(1, 10, dtype=np.int32), texts.offsets)
+    labels = [0, 1, 0]
+    found = [
+        TokenDataset(*each).fingerprint()
+        for each in (
+            (texts, [0, 1], labels),
+            (texts, [0, 2], labels),
+            (texts, [0, 1], [0, 1, 1]),
+            (texts, [0, 1]),
+            (shifted, [0, 1], labels),
+            (other, [0, 1], labels),
+        )
+    ]
+    assert len(set(found)) == 6
+    assert TokenDataset(texts, np.array([0, 1], np.int32), np.array(labels)).fingerprint() == found[0]

@@ -162,7 +162,6 @@ def test_trains_saves_and_resumes(tmp_path):
         (lambda: Bare(encoder(), PrefixTuning()), "BertModel is none: use PromptTuning"),
         (lambda: Bare(decoder(), PromptTuning()).net(IDS), "takes keyword arguments only"),
         (lambda: Bare(decoder(), PromptTuning()).net(attention_mask=MASK), "given neither"),
-        (lambda: Bare(decoder(), PromptTuning()).net(input_ids=IDS, position_ids=IDS), "`position_ids` does not count"),
         (
             lambda: Bare(decoder(), PromptTuning()).net(input_ids=IDS, return_dict=False),
             "leave out `return_dict=False`",
@@ -190,3 +189,72 @@ def test_another_number_of_vectors_is_refused(tmp_path):
     config.write_text(config.read_text().replace('"num_virtual_tokens": 3', '"num_virtual_tokens": 4'))
     with pytest.raises(CheckpointError, match="holds 3 vectors, and the configuration says 4"):
         Bare(decoder()).load_adapter(tmp_path, module=nn.Identity())
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+def lively(kind):
+    """A decoder whose next token depends on what came before: random weights of the usual size hardly do."""
+    net = decoder(kind)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    return net
+
+
+def generated(net, ids, mask=None, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    length = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    return net.generate(input_ids=ids, attention_mask=mask, **length, **options)[:, ids.shape[1] :]
+
+
+def prompted(kind, method):
+    """Ours and peft's, with a prompt that matters."""
+    model = Bare(lively(kind), PromptTuning(tokens=3) if method == "prompt" else PrefixTuning(tokens=3)).eval()
+    trained = model.net.prompts.prompt if method == "prompt" else model.net.prompts.prefix
+    nn.init.normal_(trained, std=2.0)
+    return model, under_peft(lively(kind), method, trained.detach())
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=["greedy", "beams", "no cache"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_generates_what_peft_generates(method, kind, options):
+    model, theirs = prompted(kind, method)
+    found = generated(model.net, IDS, **options)
+    if method == "prefix" and "use_cache" in options:  # peft cannot: a prefix is a cache
+        assert torch.equal(found, generated(model.net, IDS))
+        return
+    assert torch.equal(found, generated(theirs, IDS, **options))
+    assert not torch.equal(found, generated(lively(kind), IDS, **options)), "the prompt does nothing"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_padded_row_generates_what_it_does_alone(method, kind):
+    model, _ = prompted(kind, method)
+    ids, mask = torch.cat((torch.zeros(1, 2, dtype=torch.long), IDS[:1, :4]), 1), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    together = generated(model.net, torch.cat((IDS[1:], ids)), torch.cat((torch.ones_like(mask), mask)))
+    assert torch.equal(together[1:], generated(model.net, IDS[:1, :4]))
+    assert torch.equal(together[:1], generated(model.net, IDS[1:]))
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_steps_through_a_cache_of_the_users(method):
+    model, _ = prompted("llama", method)
+    cache = transformers.DynamicCache()
+    first = model.net(input_ids=IDS[:1, :4], past_key_values=cache, use_cache=True)
+    second = model.net(input_ids=IDS[:1, 4:], past_key_values=cache, use_cache=True)
+    both = torch.cat((first.logits, second.logits), 1)
+    torch.testing.assert_close(both, model.net(input_ids=IDS[:1]).logits, rtol=1e-5, atol=1e-5)
+    places = torch.arange(6)[None]
+    torch.testing.assert_close(model.net(input_ids=IDS[:1], position_ids=places).logits, both, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_fixed_size_is_refused():
+    model, _ = prompted("llama", "prompt")
+    with pytest.raises(MisconfigurationError, match="a StaticCache has no room for the prompt's positions"):
+        generated(model.net, IDS, cache_implementation="static")
