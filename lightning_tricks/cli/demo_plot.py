@@ -51,17 +51,20 @@ def _draw_loss(axes: Any, results: Sequence[Result]) -> None:
 def _draw_norm(axes: Any, results: Sequence[Result]) -> None:
     axes.set(title="Gradient norm before clipping", xlabel="optimizer step", ylabel="global 2-norm")
     axes.grid(alpha=0.25)
-    clipped = [(result, colour) for result, colour in zip(results, COLOURS, strict=False) if result.clip]
+    clipped = [(each, colour, each.clip) for each, colour in zip(results, COLOURS, strict=False) if each.clip]
     if not clipped:
         axes.text(0.5, 0.5, "the row with clipping\nwas not finished", ha="center", transform=axes.transAxes)
-    for result, colour in clipped:
+        return
+    highest = 0.0
+    for place, (result, colour, limit) in enumerate(clipped):
         steps, norms = zip(*result.curves["grad_norm/total"], strict=True)
-        share = sum(norm > result.clip for norm in norms) / len(norms)
+        share = sum(norm > limit for norm in norms) / len(norms)
         axes.plot(steps, norms, color=colour, linewidth=1.2)
-        axes.axhline(result.clip, color="black", linestyle="--", linewidth=1.2)
-        axes.set_ylim(0, max(*norms, result.clip) * 1.18)
-        note = f"dashed: limit {result.clip:g}; {share:.0%} of the steps are clipped"
-        axes.text(0.98, 0.97, note, ha="right", va="top", transform=axes.transAxes)
+        axes.axhline(limit, color="black", linestyle="--", linewidth=1.2)
+        note = f"dashed: limit {limit:g}; {share:.0%} of the steps are clipped"
+        axes.text(0.98, 0.97 - 0.055 * place, note, ha="right", va="top", color=colour, transform=axes.transAxes)
+        highest = max(highest, limit, *norms)
+    axes.set_ylim(0, highest * 1.24)
 
 
 def _draw_recall(axes: Any, results: Sequence[Result], labels: Sequence[str]) -> None:

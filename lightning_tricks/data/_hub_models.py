@@ -72,8 +72,8 @@ def load_hub_model(name: str, kind: Kind, device: torch.device) -> HubModel:
         ) from error
     except ValueError as error:
         raise MisconfigurationError(f"`{name}` {WANTED[kind]}.") from error
-    if found["missing_keys"] or found["mismatched_keys"]:
-        raise MisconfigurationError(f"`{name}` {WANTED[kind]}. (It lacks `{min(map(str, found['missing_keys']))}`.)")
+    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise MisconfigurationError(f"`{name}` {WANTED[kind]}. (Not in it, or of another shape: `{lacking[0]}`.)")
     try:
         tokenizer = load_tokenizer(name)
     except ImportError as error:
