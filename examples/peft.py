@@ -85,7 +85,7 @@ class Budget(NamedTuple):
     limit: int | None = None
 
 
-FULL = Budget(steps=60, batch_size=16, max_length=28, scored=400)
+FULL = Budget(steps=60, batch_size=16, max_length=28, scored=1000)
 QUICK = Budget(steps=2, batch_size=8, max_length=8, scored=30, limit=200)
 
 
