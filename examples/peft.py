@@ -5,10 +5,11 @@
     python examples/peft.py --quick                       # tries the script out, in seconds
 
 Every fit gets the same texts in the same order, and as many steps. Learning rates are the best of three that `--tune`
-tried on the validation texts with another seed; rsLoRA, PiSSA, DoRA and QLoRA have LoRA's, and LoRA on query and value
-has that of the recipe `TextClassifier`. Reported, over seeds: macro-F1 on test texts that no fit has seen, trained
-parameters, CPU seconds of training, peak memory above the loaded model, and the bytes of a checkpoint of what was
-trained. Prefixes are for decoders and fusions for several tasks: they are not here.
+tried on the validation texts with another seed, the higher one of two within 0.01; rsLoRA, PiSSA, DoRA and QLoRA have
+LoRA's, LoRA on query and value has that of the recipe `TextClassifier`, and the head that of the demo. Reported, over
+seeds: macro-F1 on test texts that no fit has seen, trained parameters, CPU seconds of training, peak memory above the
+loaded model, and the bytes of a checkpoint of what was trained. Prefixes are for decoders and fusions for several
+tasks: they are not here.
 """
 
 import argparse
@@ -63,12 +64,12 @@ WAYS = {
     "PromptTuning": Way(PromptTuning(tokens=10), 1e-2),
     "Bottleneck": Way(Bottleneck(width=16, targets=FEEDFORWARD), 3e-3),
     "LoRA q, v": Way(LoRA(rank=8, targets=("query", "value")), 1e-3),
-    "LoRA": Way(LoRA(rank=8, targets=ALL), 7e-4),
-    "rsLoRA": Way(LoRA(rank=32, targets=ALL, rslora=True), 7e-4),
+    "LoRA": Way(LoRA(rank=8, targets=ALL), 2e-3),
+    "rsLoRA": Way(LoRA(rank=32, targets=ALL, rslora=True), 2e-3),
     "LoRA+": Way(LoRA(rank=8, targets=ALL, plus=16), 5e-4),
-    "PiSSA": Way(LoRA(rank=8, targets=ALL, init="pissa"), 7e-4),
-    "DoRA": Way(DoRA(rank=8, targets=ALL), 7e-4),
-    "QLoRA": Way(LoRA(rank=8, targets=ALL), 7e-4, base="nf4"),
+    "PiSSA": Way(LoRA(rank=8, targets=ALL, init="pissa"), 2e-3),
+    "DoRA": Way(DoRA(rank=8, targets=ALL), 2e-3),
+    "QLoRA": Way(LoRA(rank=8, targets=ALL), 2e-3, base="nf4"),
 }
 
 QUESTION = "macro-F1 on unseen texts, trained parameters and cost of each way, with the same texts and steps"
@@ -84,7 +85,7 @@ class Budget(NamedTuple):
     limit: int | None = None
 
 
-FULL = Budget(steps=60, batch_size=16, max_length=28, scored=400)
+FULL = Budget(steps=60, batch_size=16, max_length=28, scored=1000)
 QUICK = Budget(steps=2, batch_size=8, max_length=8, scored=30, limit=200)
 
 
