@@ -13,7 +13,7 @@ UPGRADED := $(UPGRADE)/bin/python -c "from importlib.metadata import version as 
   print('tested against', *(f'{n} {v(n)}' for n in ('lightning', 'deepspeed', 'torch')))"
 BENCHMARKS := equivalence memory step_time seam averaging demo adapters ensembles data gradients unfreezing streaming
 
-# Quick tests take every core, file by file. The slow ones start processes that wait for each other, and share no core well.
+# Quick tests take every core, file by file, with a thread each. The slow ones start processes that wait for each other, and share no core well.
 QUICK := -n logical --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -26,11 +26,11 @@ demo: $(VENV)/.demo  ## Fine-tune a real transformer with the tricks; ends with 
 	$(BIN)/lightning-tricks demo
 
 test: $(VENV)/.dev  ## Every test that runs without a GPU.
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(QUICK)
 	$(BIN)/python -m pytest -m "not gpu and slow"
 
 test-fast: $(VENV)/.dev  ## The quick part of the tests.
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(QUICK)
 
 test-gpu: $(VENV)/.dev  ## The tests that need a CUDA device; without one they are reported as not run.
 	$(BIN)/python -m pytest -m gpu
