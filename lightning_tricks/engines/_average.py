@@ -1,6 +1,8 @@
 """The weighted mean of open checkpoints, and what must agree for there to be one."""
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ _MEANING = (
     *("name", "model_name", "model_name_or_path", "pretrained_model_name_or_path"),
 )
 _GROUPS = ("hyper_parameters", "datamodule_hyper_parameters")
-_PART = 2**18  # elements that stay in a core's cache while they are read, summed and divided
+_PART = 2**19  # elements that are read, summed and divided together: few reads, and still in a core's cache
 _KEPT = ("epoch", "global_step", "pytorch-lightning_version", "hparams_name", "datamodule_hparams_name", *_GROUPS)
 
 
@@ -55,16 +57,32 @@ def _mean_of(members: Sequence[Stored], name: str, weights: Sequence[float]) -> 
     if any(whole.fill is None for whole in wholes):
         return weighted_mean((member.tensor(name) for member in members), weights)
     mean = torch.empty(wholes[0].shape, dtype=wholes[0].dtype)
-    for start in range(0, mean.numel(), _PART):
-        part = mean.view(-1)[start : start + _PART]
-        # They are read to where their mean will be: the first is copied before the second comes.
-        part.copy_(weighted_mean((_read(member, name, part, start) for member in members), weights))
+    pieces = _pieces(members, name, mean.numel(), mean.dtype)
+    for part in mean.view(-1).split(_PART) if mean.numel() else ():  # type: ignore[no-untyped-call]
+        part.copy_(weighted_mean(itertools.islice(pieces, len(members)), weights))
     return mean
 
 
-def _read(member: Stored, name: str, part: Tensor, start: int) -> Tensor:
-    member.elements_into(name, part, start)
-    return part
+def _pieces(members: Sequence[Stored], name: str, numel: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The first part of a tensor from each member, then the second, and so on; each is gone when the next is taken.
+
+    A thread reads ahead while the one before is summed up: reading and summing take about as long.
+    """
+    rooms = itertools.cycle([torch.empty(min(_PART, numel), dtype=dtype) for _ in range(2)])
+    jobs = ((member, start, next(rooms)) for start in range(0, numel, _PART) for member in members)
+
+    def read(job: tuple[Stored, int, Tensor]) -> Tensor:
+        member, start, room = job
+        values = room[: numel - start]
+        member.elements_into(name, values, start)
+        return values
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(read, next(jobs))
+        for job in jobs:
+            values, ahead = ahead.result(), reader.submit(read, job)
+            yield values
+        yield ahead.result()
 
 
 def newest_of(members: Sequence[Stored]) -> Stored:
