@@ -16,7 +16,7 @@ from lightning_tricks.errors import MisconfigurationError, UnsupportedError
 
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- rendered from engines/_capabilities.py -->\n\n", "\n<!-- end of what is rendered -->"
-METHODS = [name for name, value in vars(Engine).items() if inspect.isfunction(value) and not name.startswith("_")]
+METHODS = [name for name, _ in inspect.getmembers(Engine, inspect.isfunction) if not name.startswith("_")]
 
 
 def test_the_page_holds_what_the_code_says():
@@ -29,7 +29,7 @@ def test_the_page_holds_what_the_code_says():
 def test_every_method_has_an_answer_on_every_engine(engine):
     assert {"gradient_norm", "veto_step", "put_shards", "barrier"} <= set(METHODS)
     entries = capabilities(engine)
-    assert [entry.method for entry in entries] == METHODS
+    assert sorted(entry.method for entry in entries) == METHODS
     assert all(entry.exact and entry.phase and entry.collective for entry in entries)
 
 
