@@ -1,13 +1,15 @@
 """Averaging five checkpoints against a plain `torch.load` script, and a prediction ensemble stacked or one by one.
 
 `make bench`, or `python benchmarks/ensembles.py`. Averaging: 5 checkpoints of 500 MB each, as a Lightning run leaves
-them, from the page cache; time and peak memory of a process of its own, three times each, alternating, one thread.
+them, from the disk and from the page cache; time and peak memory of a process of its own, three times each, by turns,
+one thread.
 The bound is what copying takes: the same bytes read into one buffer, and one file of them written and flushed.
 Prediction: 5 MiniLM classifiers that differ everywhere, a batch of texts, alternating.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -74,7 +76,7 @@ print(json.dumps({"wall": wall, "cpu": cpu, "peak_mib": status("VmHWM"), "above_
 
 
 def averaging(folder, megabytes, repeats):
-    """Medians of each way."""
+    """Medians of each way, with the members on the disk and in the page cache."""
     elements = megabytes * 1_000_000 // 4 // TENSORS
     for place in range(MEMBERS):
         torch.manual_seed(place)
@@ -82,26 +84,43 @@ def averaging(folder, megabytes, repeats):
         torch.save(
             {"state_dict": state, "global_step": place, "hyper_parameters": {"lr": 0.1}}, folder / f"{place}.ckpt"
         )
-    size = (folder / "0.ckpt").stat().st_size
+    mib = (folder / "0.ckpt").stat().st_size / 2**20
+    rows = {where: timed(folder, repeats, evicted=where == "from disk") for where in ("from disk", "from cache")}
+    peaks = rows["from cache"].items()
+    found = {
+        "checkpoint_mib": round(mib, 1),
+        "peak_to_checkpoint": {w: round(r["peak_mib"] / mib, 3) for w, r in peaks},
+    }
+    for where, row in rows.items():
+        found[where] = {
+            f"speed_to_{other}_{kind}": round(row[way][kind] / row["ours"][kind], 3)
+            for other, way in (("copying", "copy"), ("torch_load", "torch.load"))
+            for kind in ("wall", "cpu")
+        }
+    return rows, found
+
+
+def timed(folder, repeats, *, evicted):
+    """Medians of each way, by turns."""
     found = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way in WAYS:
+            for path in folder.glob("?.ckpt") if evicted else ():
+                evict(path)
             command = [sys.executable, "-W", "ignore", "-c", ONE, way, str(folder), str(MEMBERS)]
             ran = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             found[way].append(json.loads(ran.stdout))
-    rows = {
+    return {
         way: {key: round(statistics.median(one[key] for one in runs), 3) for key in runs[0]}
         for way, runs in found.items()
     }
-    mib = size / 2**20
-    return rows, {
-        "checkpoint_mib": round(mib, 1),
-        "peak_to_checkpoint": {way: round(row["peak_mib"] / mib, 3) for way, row in rows.items()},
-        "speed_to_copying_wall": round(rows["copy"]["wall"] / rows["ours"]["wall"], 3),
-        "speed_to_copying_cpu": round(rows["copy"]["cpu"] / rows["ours"]["cpu"], 3),
-        "speed_to_torch_load_wall": round(rows["torch.load"]["wall"] / rows["ours"]["wall"], 3),
-        "speed_to_torch_load_cpu": round(rows["torch.load"]["cpu"] / rows["ours"]["cpu"], 3),
-    }
+
+
+def evict(path):
+    """Out of the page cache, so that it is read from the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def prediction(folder, repeats, batch, tokens):

@@ -374,6 +374,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_tricks.callbacks import CheckpointEnsemble, LastK
 from torch.utils.data import DataLoader
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background may have Ctrl-C ignored
+
 class Net(LightningModule):
     def __init__(self):
         super().__init__()
