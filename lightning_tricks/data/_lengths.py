@@ -8,7 +8,7 @@ import numpy as np
 from lightning_tricks.data._plan import check_whole
 from lightning_tricks.errors import DataError, MisconfigurationError
 
-__all__ = ["TooLong", "checked_lengths", "keep_within", "padded"]
+__all__ = ["TooLong", "checked_lengths", "keep_within", "padded", "refuse_uncut"]
 
 TooLong = Literal["own_batch", "truncate", "drop", "error"]
 POLICIES = ("own_batch", "truncate", "drop", "error")
@@ -103,3 +103,17 @@ def _longest_padded(longest: int, pad_to: int | Sequence[int]) -> int:
     if not fits or max(fits) < 1:
         raise MisconfigurationError(f"`max_tokens={longest}` is less than any length of `pad_to={pad_to!r}`. Raise it.")
     return max(fits)
+
+
+def refuse_uncut(longest: int | None, collate_fn: Any) -> None:
+    """Refuse a collator that does not cut samples to `longest` tokens; None: nothing must be cut.
+
+    Raises:
+        MisconfigurationError: if its `max_length` is absent or larger.
+    """
+    cut = getattr(collate_fn, "max_length", None)
+    if longest is not None and (cut is None or cut > longest):
+        raise MisconfigurationError(
+            f"`too_long='truncate'` needs a `collate_fn` that cuts samples to {longest} tokens and says so"
+            f" by its `max_length`, which is {cut}. DynamicPaddingCollator(max_length={longest}) does."
+        )

@@ -83,7 +83,7 @@ class StreamPlan:
         rows = self._ranks[rank].take(*self._pools.bounds[rank, pool : pool + 2].tolist())
         count = int(self._pools.steps[pool])
         if self._costs is not None:
-            rows = rows[np.argsort(-self._costs[rows].astype(np.int64), kind="stable")]
+            rows = _falling(rows, self._costs)
         if self._pools.batch_bounds is not None:
             last = int(self._ends[pool])
             sizes = np.diff(self._pools.batch_bounds[rank, last - count : last + 1])
@@ -137,8 +137,7 @@ def pools_within(ranks: Sequence[RankRows], costs: np.ndarray, budget: int, size
     for rank, rows in enumerate(ranks):
         for pool in range(number):
             found = rows.take(*bounds[rank, pool : pool + 2].tolist())
-            falling = found[np.argsort(-costs[found].astype(np.int64), kind="stable")]
-            steps[pool] = max(steps[pool], len(_cut(costs, falling, budget)))
+            steps[pool] = max(steps[pool], len(_cut(costs, _falling(found, costs), budget)))
     return Pools(bounds, steps, budget=budget), np.diff(bounds).min(axis=0)
 
 
@@ -156,6 +155,11 @@ def spread(steps: np.ndarray, most: np.ndarray, wanted: int) -> np.ndarray:
         share[np.cumsum(share) > missing] = 0
         steps[room] += share
     return steps
+
+
+def _falling(rows: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """The longest rows first; equally long ones stay in their order."""
+    return rows[np.argsort(-costs[rows].astype(np.int64), kind="stable")]
 
 
 def _cut(costs: np.ndarray | None, falling: np.ndarray, budget: int) -> np.ndarray:

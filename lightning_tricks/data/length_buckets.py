@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_tricks.data._lengths import TooLong, checked_lengths, keep_within
+from lightning_tricks.data._lengths import TooLong, checked_lengths, keep_within, refuse_uncut
 from lightning_tricks.data._order import does_not_fit
 from lightning_tricks.data._plan import Plan, check_whole
 from lightning_tricks.data._tails import gather_tails
@@ -182,12 +182,7 @@ class LengthBucketSampler:
             raise DataError(
                 f"There are {self.samples} lengths, but {samples} samples. Measure the lengths of this dataset."
             )
-        cut = getattr(collate_fn, "max_length", None)
-        if self.max_length is not None and (cut is None or cut > self.max_length):
-            raise MisconfigurationError(
-                f"`too_long='truncate'` needs a `collate_fn` that cuts samples to {self.max_length} tokens and says so"
-                f" by its `max_length`, which is {cut}. DynamicPaddingCollator(max_length={self.max_length}) does."
-            )
+        refuse_uncut(self.max_length, collate_fn)
 
     def identity(self) -> dict[str, Any]:
         """What decides the order, the lengths' checksum among it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tricks.data._lengths import TooLong, checked_lengths, keep_within
+from lightning_tricks.data._lengths import TooLong, checked_lengths, keep_within, refuse_uncut
 from lightning_tricks.data._order import does_not_fit, plain_steps
 from lightning_tricks.data._plan import check_whole
 from lightning_tricks.data._stream_plan import Pools, StreamPlan, fixed_pools, pools_within, spread
@@ -193,12 +193,7 @@ class StreamingSampler:
             raise DataError(
                 f"The sampler's source has {self.samples} rows, the loader's dataset {samples}. Give both the same."
             )
-        cut = getattr(collate_fn, "max_length", None)
-        if self.max_length is not None and (cut is None or cut > self.max_length):
-            raise MisconfigurationError(
-                f"`too_long='truncate'` needs a `collate_fn` that cuts samples to {self.max_length} tokens and says so"
-                f" by its `max_length`, which is {cut}. DynamicPaddingCollator(max_length={self.max_length}) does."
-            )
+        refuse_uncut(self.max_length, collate_fn)
 
     def identity(self) -> dict[str, Any]:
         """What decides the order."""

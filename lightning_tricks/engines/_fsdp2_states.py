@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from lightning_tricks.engines._flat import plain_name
 from lightning_tricks.errors import CheckpointError
 
 __all__ = ["asked_for_what_it_holds", "refuse_half_a_state"]
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_COMPILED = "_orig_mod."
 
 
 @contextmanager
@@ -26,8 +27,9 @@ def asked_for_what_it_holds(module: nn.Module, path: Path) -> Iterator[None]:
         path: a checkpoint folder.
     """
     held = _with_state(path)
-    without = [own for name, own in module.named_parameters() if own.requires_grad and _plain(name) not in held]
-    without = without if held else []  # an optimizer without state
+    own = {plain_name(name).replace(_COMPILED, ""): parameter for name, parameter in module.named_parameters()}
+    silent = [parameter for name, parameter in own.items() if parameter.requires_grad and name not in held]
+    without = silent if held else []  # an optimizer without state
     for parameter in without:
         parameter.requires_grad_(False)
     try:
@@ -55,9 +57,3 @@ def _with_state(path: Path) -> set[str]:
     keys = FileSystemReader(path).read_metadata().state_dict_metadata
     states = [key.partition(".state.")[2] for key in keys if key.startswith("optimizer_") and ".state." in key]
     return {state.rpartition(".")[0] for state in states}
-
-
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.conformance.engines import Group
 from tests.mixins.jobs import expected_losses
 from tests.mixins.models import Classifier
 
@@ -11,20 +10,6 @@ pytestmark = pytest.mark.slow
 
 ENGINES = ["ddp", "fsdp2", "zero_1", "zero_2", "zero_3"]
 TRAINED = {name for name, parameter in Classifier().named_parameters() if parameter.requires_grad}
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    group = Group(2, tmp_path_factory.mktemp("group"), prepare="tests.mixins.jobs:quiet")
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    group = Group(1, tmp_path_factory.mktemp("one_device"), prepare="tests.mixins.jobs:quiet")
-    yield group
-    group.close()
 
 
 def outcome(group, strategy, folder, *, late, precision="32-true"):

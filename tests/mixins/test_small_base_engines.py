@@ -3,27 +3,12 @@
 import pytest
 import torch
 
-from tests.conformance.engines import Group
 from tests.mixins.small_base_jobs import Small
 from tests.mixins.test_engines import assert_near
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ENGINES = ["ddp", "fsdp2", "zero_1", "zero_2", "zero_3"]
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    group = Group(2, tmp_path_factory.mktemp("group"), prepare="tests.mixins.jobs:quiet")
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    group = Group(1, tmp_path_factory.mktemp("one_device"), prepare="tests.mixins.jobs:quiet")
-    yield group
-    group.close()
 
 
 def outcome(group, strategy, folder, base, *, precision="32-true", **options):
