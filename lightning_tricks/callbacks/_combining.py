@@ -14,9 +14,8 @@ from lightning_tricks.callbacks._given_members import GivenMembers
 from lightning_tricks.callbacks._monitor import Monitor, joint
 from lightning_tricks.callbacks._shelf import Shelf
 from lightning_tricks.callbacks._statistics import AveragedStatistics, buffers_kept
-from lightning_tricks.engines import Engine
+from lightning_tricks.engines import Engine, average_stored, open_checkpoint, refuse_other_weights
 from lightning_tricks.functional import Selection, greedy_selection
-from lightning_tricks.storage import average_weights
 
 __all__ = ["Combiner", "FromPaths", "FromShelf", "Source"]
 
@@ -53,7 +52,10 @@ class FromShelf(Source):
     def average(self, places: Sequence[int], weights: Sequence[float], out: Path) -> None:
         """Oldest first, so that what has no mean comes from the newest."""
         order = sorted(range(len(places)), key=lambda index: self.steps[places[index]])
-        average_weights([self.files[places[i]] for i in order], out, weights=[weights[i] for i in order])
+        members = [open_checkpoint(self.files[places[i]]) for i in order]
+        for member in members[1:]:
+            refuse_other_weights(members[0], member)
+        average_stored(members, [weights[i] for i in order], out, {})
 
     def loadable(self, place: int) -> Path | None:
         """Each is one."""

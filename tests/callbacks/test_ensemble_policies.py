@@ -387,18 +387,18 @@ class Net(LightningModule):
     def train_dataloader(self):
         return DataLoader(torch.ones(4, 2), batch_size=2)
 
-average, signals = combining.average_weights, []
+average, signals = combining.average_stored, []
 def dying(*arguments, **options):
-    import lightning_tricks.storage.averaging as averaging
-    mean = averaging._mean
+    import lightning_tricks.engines._average as averaging
+    mean = averaging._mean_of
     def second(*rest):
         signals.append(1)
         if len(signals) == 2:
             os.kill(os.getpid(), int(sys.argv[2]))
         return mean(*rest)
-    averaging._mean = second
+    averaging._mean_of = second
     average(*arguments, **options)
-combining.average_weights = dying
+combining.average_stored = dying
 Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[CheckpointEnsemble(LastK(3), dirpath=sys.argv[1])]).fit(Net())
 """

@@ -11,7 +11,8 @@ from lightning_tricks.cli.command import main
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.mixins import PromptTuning
 from lightning_tricks.storage import WeightsFile, write_weights
-from tests.mixins.test_adapter_files import CASES, Encoder, Holder, moved
+from tests.mixins.models import Encoder, Holder, moved
+from tests.mixins.test_adapter_files import CASES
 from tests.mixins.test_lora_layers import gpt2
 from tests.mixins.test_prompts import decoder
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lightning_tricks.data import TricksDataLoader
-from lightning_tricks.mixins import LoRA, LoRAMixin
+from lightning_tricks.layers import adapted_layers
+from lightning_tricks.mixins import AdapterMixin, LoRA, LoRAMixin
 
 # What Lightning says of a run that is resumed without its ModelCheckpoint.
 QUIET = [
@@ -74,3 +75,23 @@ def trainer(**options) -> L.Trainer:
     """A Trainer that says nothing."""
     options = {"accelerator": "cpu", "devices": 1, "max_steps": 3, "enable_checkpointing": False} | options
     return L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, **options)
+
+
+class Holder(AdapterMixin, L.LightningModule):
+    """Any module, adapted."""
+
+    def __init__(self, net, policy=None, **options):
+        super().__init__()
+        self.net = net
+        if policy is not None:
+            self.adapt(self.net, policy, **options)
+
+
+def moved(module):
+    """Its adapters away from their start."""
+    for _, layer in adapted_layers(module):
+        for name in layer.adapters:
+            for parameter in layer.adapter_parameters(name).values():
+                with torch.no_grad():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return module

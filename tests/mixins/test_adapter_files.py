@@ -5,37 +5,17 @@ import json
 import shutil
 import warnings
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
-from lightning_tricks.layers import adapted_layers
-from lightning_tricks.mixins import IA3, AdapterMixin, BitFit, DoRA, LoRA
+from lightning_tricks.mixins import IA3, BitFit, DoRA, LoRA
 from lightning_tricks.storage import WeightsFile
-from tests.mixins.models import QUIET, Classifier, Encoder, trainer
+from tests.mixins.models import QUIET, Classifier, Encoder, Holder, moved, trainer
 from tests.mixins.test_lora_layers import Convolutions, gpt2
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*float.*")]
-
-
-class Holder(AdapterMixin, L.LightningModule):
-    def __init__(self, net, policy=None, **options):
-        super().__init__()
-        self.net = net
-        if policy is not None:
-            self.adapt(self.net, policy, **options)
-
-
-def moved(module):
-    """Its adapters away from their start."""
-    for _, layer in adapted_layers(module):
-        for name in layer.adapters:
-            for parameter in layer.adapter_parameters(name).values():
-                with torch.no_grad():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return module
 
 
 def images():

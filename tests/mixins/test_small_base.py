@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError, UnsupportedError
 from lightning_tricks.functional import fingerprint, pack_weight, packed_linear, quantize_int8, quantize_nf4
 from lightning_tricks.functional.packed_weight import by_bitsandbytes
-from lightning_tricks.layers import PackedLinear, adapted_layers
-from lightning_tricks.mixins import IA3, AdapterMixin, BitFit, DoRA, LoRA, LoRAMixin, trainable_report
+from lightning_tricks.layers import PackedLinear
+from lightning_tricks.mixins import IA3, BitFit, DoRA, LoRA, LoRAMixin, trainable_report
 from lightning_tricks.mixins._merge_folder import merge_folder
 from lightning_tricks.storage import WeightsFile, write_weights
-from tests.mixins.models import QUIET, Classifier, Encoder, trainer
+from tests.mixins.models import QUIET, Classifier, Encoder, Holder, moved, trainer
 from tests.mixins.test_adapter_files import peft_load
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*float.*")]
@@ -31,23 +31,6 @@ METHODS = {
     "part": LoRA(rank=2, alpha=3, targets=("query", "value:k,v")),
     "DoRA": DoRA(rank=2, alpha=3, targets=("query", "value")),
 }
-
-
-class Holder(AdapterMixin, L.LightningModule):
-    def __init__(self, net, policy=None, **options):
-        super().__init__()
-        self.net = net
-        if policy is not None:
-            self.adapt(self.net, policy, **options)
-
-
-def moved(module):
-    for _, layer in adapted_layers(module):
-        for name in layer.adapters:
-            for parameter in layer.adapter_parameters(name).values():
-                with torch.no_grad():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return module
 
 
 def rounded(weight, kind):
