@@ -1,5 +1,6 @@
 """Finding the layers that an adapter is for."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,16 @@ class Target:
 
     layer: nn.Module
     slices: tuple[tuple[int, int], ...] = ()
+
+    def sizes(self) -> tuple[int, int]:
+        """The numbers of outputs and inputs of its weight, seen as a matrix."""
+        layer = self.layer
+        if isinstance(layer, nn.Embedding):
+            return layer.embedding_dim, layer.num_embeddings
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
+            return layer.out_channels, layer.in_channels * math.prod(layer.kernel_size)
+        outputs = int(getattr(layer, "out_features", 0) or getattr(layer, "nf", 0))
+        return outputs, int(getattr(layer, "in_features", 0) or getattr(layer, "nx", 0))
 
 
 def find_targets(module: nn.Module, targets: Sequence[str]) -> dict[str, Target]:

@@ -13,6 +13,7 @@ from lightning_tricks.layers import PackedWeight, adapted_layers, packed_layers
 __all__ = [
     "require_ability",
     "require_identifier",
+    "require_in_weights",
     "require_mergeable",
     "require_unmerged",
     "require_unpacked",
@@ -95,6 +96,24 @@ def require_ability(owner: nn.Module, what: str, ability: str) -> None:
     for method in methods:
         if not getattr(method, ability):
             raise MisconfigurationError(f"{type(method).__name__} cannot {what}: {method.reason}")
+
+
+def require_in_weights(owner: nn.Module, module: nn.Module) -> None:
+    """A file of plain weights has room for what is active only if weights can hold it.
+
+    Raises:
+        MisconfigurationError: naming the method of an active adapter of `module` that no weight can hold.
+    """
+    inside = {id(layer) for _, layer in adapted_layers(module)}
+    for prefix, held in vars(owner).get("_adapted", {}).items():
+        layers = [layer for _, layer in adapted_layers(owner.get_submodule(prefix)) if id(layer) in inside]
+        for name in dict.fromkeys(name for layer in layers for name in layer.active):
+            method = held[name].method if name in held else None
+            if method is not None and not method.mergeable:
+                raise MisconfigurationError(
+                    f"{type(method).__name__} cannot be merged, and a file of plain weights would leave the adapter "
+                    f"{name!r} out: {method.reason} For the base alone, export inside `adapters_disabled()`."
+                )
 
 
 def require_mergeable(owner: nn.Module) -> None:
