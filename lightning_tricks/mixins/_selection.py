@@ -9,6 +9,7 @@ from torch import nn
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import path_matches
 from lightning_tricks.layers import PackedWeight, adapted_layers, packed_layers
+from lightning_tricks.layers.targets import HEADS
 
 __all__ = [
     "require_ability",
@@ -22,9 +23,6 @@ __all__ = [
     "trainable",
     "warn_of_frozen_heads",
 ]
-
-# What heads are called that are made anew for a task; a language model's own head is pretrained.
-_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head")
 
 
 def several(names: Sequence[str]) -> Sequence[str]:
@@ -157,10 +155,12 @@ def _kept(layer: nn.Module) -> Any:
 
 
 def warn_of_frozen_heads(module: nn.Module) -> None:
-    """Say so when a head, most likely made anew, is frozen along with the pretrained part."""
+    """Say so when a head, most likely made anew, is frozen along with the pretrained part, adapted or not."""
+    held = [(layer, name) for _, layer in adapted_layers(module) for name in layer.adapters]
+    adapters = {id(p) for layer, name in held for p in layer.adapter_parameters(name).values()}
     for name, inner in module.named_modules():
-        parameters = list(inner.parameters())
-        if name.rpartition(".")[2] in _HEADS and parameters and not any(p.requires_grad for p in parameters):
+        parameters = [p for p in inner.parameters() if id(p) not in adapters]
+        if name.rpartition(".")[2] in HEADS and parameters and not any(p.requires_grad for p in parameters):
             rank_zero_warn(
                 f"`{name}` is inside the adapted module and frozen. If it is new, train it: trainable=({name!r},)."
             )
