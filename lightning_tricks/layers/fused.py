@@ -70,8 +70,8 @@ def _require_thirds(name: str, sizes: tuple[int, int], owner: nn.Module) -> None
     queries, keys = _heads(config)
     if keys is not None and keys != queries:
         raise MisconfigurationError(
-            f"`{name}` is of a {kind} with {queries} heads of q and {keys} of k and v, which are not equal parts: write "
-            "ranges, as in `0-1024`."
+            f"`{name}` is of a {kind} with {queries} heads of q and {keys} of k and v, which are not equal parts: "
+            "write ranges, as in `0-1024`."
         )
     if sizes[0] != 3 * sizes[1]:
         raise MisconfigurationError(

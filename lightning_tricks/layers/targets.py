@@ -50,9 +50,9 @@ def find_targets(module: nn.Module, targets: Sequence[str]) -> dict[str, Target]
         module: the module to look in.
         targets: patterns over the dotted names inside `module`: the last name (`query`), several names
             (`self.query`), or a glob (`layer.[0-3].*.query`; `*` alone is every linear layer). `all-linear` is every
-            linear layer but a Hugging Face model's head and what its owner never calls; `attention` every linear layer inside
-            a module whose class says Attention. After a colon, parts of a fused projection whose outputs are all of q,
-            then all of k, then all of v: `c_attn:q,v`; or ranges of its outputs, `qkv_proj:0-1024,2048-3072`.
+            linear layer but a Hugging Face model's head and what its owner never calls; `attention` every linear layer
+            inside a module whose class says Attention. After a colon, parts of a fused projection whose outputs are all
+            of q, then all of k, then all of v: `c_attn:q,v`; or ranges of its outputs, `qkv_proj:0-1024,2048-3072`.
 
     Returns:
         The layers in the module's order, each once.

@@ -17,7 +17,7 @@ from lightning_tricks.mixins._adapting import path_of
 from lightning_tricks.mixins._method import layers_of
 from lightning_tricks.mixins._peft_export import exported
 from lightning_tricks.mixins._peft_fill import fill, given_by, own_tensors, require_fit
-from lightning_tricks.mixins._peft_method import method_of
+from lightning_tricks.mixins._peft_method import method_of, require_copies
 from lightning_tricks.mixins._small_base import Base
 from lightning_tricks.mixins._switching import activate, is_fitting
 from lightning_tricks.storage import write_weights
@@ -36,8 +36,17 @@ def save_adapter(owner: Any, folder: Path, name: str) -> None:
         for key, value in owner._frozen_base.fingerprints(owner).items()
         if key.startswith(start)
     }
+    users: dict[int, list[str]] = {}
+    for key, parameter in module.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(key)
+    tied = [keys for keys in users.values() if len(keys) > 1]
+    flipped = [path for path, layer in layers_of(module, name).items() if _is_transposed(layer)]
     if ranks()[0] == 0:
-        write_folder(Path(folder), AdapterFolder(config, tensors, base))
+        write_folder(Path(folder), AdapterFolder(config, tensors, base, tied=tied, transposed=flipped))
+
+
+def _is_transposed(layer: AdaptedLayer) -> bool:
+    return bool(getattr(layer, "transposed", False)) or getattr(layer, "output_axis", 0) == 1
 
 
 def load_adapter(owner: Any, folder: Path, name: str, module: nn.Module, base: Base | None) -> None:
@@ -136,10 +145,15 @@ def _prefix_of(owner: Any, name: str) -> str:
 def _require_the_base(content: AdapterFolder, module: nn.Module) -> None:
     present = dict(module.named_parameters(remove_duplicate=False))
     packed = {f"{path}.weight".lstrip("."): layer.original for path, layer in packed_layers(module)}
+
+    def find(key: str) -> dict[str, str] | None:
+        return packed[key] if key in packed else fingerprint(whole(present[key])) if key in present else None
+
+    require_copies(content, find)
     for key, expected in content.base.items():
-        if key not in present and key not in packed:
+        found = find(key)
+        if found is None:
             raise CheckpointError(f"{content.path} was trained beside a `{key}`, and this module has none.")
-        found = packed[key] if key in packed else fingerprint(whole(present[key]))
         if not same_fingerprint(expected, found):
             raise CheckpointError(
                 f"`{key}` is not the tensor that the adapter in {content.path} was trained on (there {expected}, here "
