@@ -77,7 +77,8 @@ def find_targets(module: nn.Module, targets: Sequence[str]) -> dict[str, Target]
             if parts:
                 found[name] = Target(layer, _slices(name, found[name], parts, modules[name.rpartition(".")[0]]))
     for name in found:
-        _refuse_uncalled(name, modules)
+        refuse_uncalled(name, modules)
+        _refuse_subclass(name, modules[name])
     return {name: found[name] for name in modules if name in found}
 
 
@@ -202,14 +203,21 @@ def grouped(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in Counter(names).items())
 
 
-def _refuse_uncalled(name: str, modules: dict[str, nn.Module]) -> None:
+def refuse_uncalled(name: str, modules: dict[str, nn.Module]) -> None:
+    """Refuse a layer whose owner reads its weight without calling it.
+
+    Raises:
+        MisconfigurationError: if it is one.
+    """
     owner, _, last = name.rpartition(".")
     if isinstance(modules[owner], nn.MultiheadAttention) and last == "out_proj":
         raise MisconfigurationError(
             f"`{name}` belongs to torch.nn.MultiheadAttention, which reads its weight without calling it: an adapter "
             "there would never be trained. Leave `out_proj` out of the targets; a glob can name the others."
         )
-    layer = modules[name]
+
+
+def _refuse_subclass(name: str, layer: nn.Module) -> None:
     if not (_is_adaptable(type(layer)) or isinstance(layer, AdaptedLayer)):
         raise MisconfigurationError(
             f"`{name}` is a {type(layer).__name__}, a subclass of torch.nn.{_base(layer)} with ways of its own: only "

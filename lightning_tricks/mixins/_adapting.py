@@ -10,6 +10,7 @@ from lightning_tricks.layers import leave_fast_path
 from lightning_tricks.mixins import _selection as selection
 from lightning_tricks.mixins import _small_base as small_base
 from lightning_tricks.mixins._frozen_base import FrozenBase
+from lightning_tricks.mixins._frozen_norms import keep_norms_still
 from lightning_tricks.mixins._method import Method, layers_of
 from lightning_tricks.mixins._switching import activate
 
@@ -67,6 +68,7 @@ def leave_out(owner: Any, prefix: str) -> None:
     if "_frozen_base" not in owner.__dict__:
         owner._frozen_base = FrozenBase(owner)
     owner._frozen_base.add(prefix)
+    keep_norms_still(owner.get_submodule(prefix))
 
 
 def path_of(owner: Any, module: nn.Module) -> str:

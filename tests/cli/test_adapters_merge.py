@@ -97,7 +97,7 @@ def test_each_layer_is_merged_the_way_its_weight_lies(method, tmp_path):
     torch.testing.assert_close(base(x), model.net(x), rtol=1e-5, atol=1e-5)
     notes = tmp_path / "adapter/lightning_tricks.json"
     notes.write_text(json.dumps({"base": json.loads(notes.read_text())["base"]}))  # as peft leaves it: without them
-    with pytest.raises(MisconfigurationError, match="is square, and .* does not say whether its weight is"):
+    with pytest.raises(MisconfigurationError, match=r"is square, and .* does not say whether its weight is"):
         merge(tmp_path)
 
 
