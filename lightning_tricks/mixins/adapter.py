@@ -213,18 +213,20 @@ class AdapterMixin(AdapterCheckpoints):
     def load_adapter(
         self, folder: str | Path, *, name: str = "default", module: nn.Module, base: Base | None = None
     ) -> None:
-        """Read an adapter that peft or `save_adapter` wrote, and make it the active one.
+        """Read an adapter that peft or `save_adapter` wrote, and make it the active one. A refusal changes nothing.
 
         Args:
             folder: where it is.
-            name: what it is called here. An adapter of that name gets the values; otherwise `module` is adapted.
+            name: what it is called here. An adapter of that name gets the values, if its places and scales are those of
+                the folder; otherwise `module` is adapted.
             module: the module of `self` that is its base.
             base: as in `adapt`, if `module` is adapted.
 
         Raises:
-            CheckpointError: if a file is missing or malformed, the type unknown, or the base another one; the first
-                tensor that differs is named.
-            MisconfigurationError: if adapters are merged.
+            CheckpointError: if a file is missing or malformed, the type or an option unknown, the base another one, or
+                the values would mean something else under `name`; the first tensor or layer that differs is named.
+            MisconfigurationError: if adapters are merged, a layer is none that the method can adapt here, or a strategy
+                has sharded or copied the parameters.
         """
         selection.require_unmerged(self, "load")
         adapter_files().load_adapter(self, Path(folder), name, module, base)

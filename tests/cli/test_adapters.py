@@ -131,6 +131,10 @@ def test_an_adapter_goes_out_and_in_by_its_name(tmp_path, capsys):
     weights = [torch.load(path, weights_only=True)["state_dict"] for path in (first, second, out)]
     for name, value in weights[2].items():
         assert torch.equal(value, weights[0 if name.endswith("_french") else 1][name]), name
+    config = tmp_path / "folder/adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 6.0', '"lora_alpha": 12.0'))
+    assert main(["adapters", "import", folder, second, out, "--name", "french"]) == 2
+    assert "by 4 (rank 3, alpha 12), and 'french' by 2 here (rank 3, alpha 6)" in capsys.readouterr().err
     assert main(["adapters", "import", folder, second, out, "--name", "german"]) == 2
     assert "has no adapter 'german': there are default, french" in capsys.readouterr().err
     assert main(["adapters", "import", folder, second, out]) == 2

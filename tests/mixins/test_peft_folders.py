@@ -100,6 +100,20 @@ class Convolution(nn.Module):
         self.conv, self.grouped, self.table = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Embedding(5, 4)
 
 
+def test_ia3_of_a_convolution_is_refused_by_name(tmp_path):
+    base = Convolution()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import IA3Config, get_peft_model
+
+        theirs = get_peft_model(copy.deepcopy(base), IA3Config(target_modules=["conv"], feedforward_modules=[]))
+        theirs.save_pretrained(str(tmp_path))
+    model = Holder(base)
+    with pytest.raises(MisconfigurationError, match="IA3 rescales whole linear layers, and `conv` is a Conv2d"):
+        model.load_adapter(tmp_path, module=model.net)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
