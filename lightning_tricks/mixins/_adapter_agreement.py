@@ -1,6 +1,6 @@
 """Whether an adapter folder can go where it is to go: looked at before anything is changed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,23 @@ __all__ = ["require_agreement", "require_own_modules", "require_whole_places"]
 _ELSEWHERE = "load it under another name"
 
 
-def require_whole_places(owner: Any, module: nn.Module, name: str) -> None:
+def require_whole_places(owner: Any, module: nn.Module, name: str, others: Sequence[str]) -> None:
     """Loading writes whole tensors: before a strategy shards the module, or makes master copies of it.
+
+    Args:
+        owner: the module with the adapters.
+        module: the one that is adapted.
+        name: of the adapter, which need not be there.
+        others: the base's own tensors that are written too.
 
     Raises:
         MisconfigurationError: naming a parameter that is spread over ranks, or that a running fit keeps a copy of.
     """
-    places = own_tensors(module, name)
-    for key, value in {**dict(module.named_parameters()), **places}.items():
-        spread = hasattr(value, "device_mesh") or (key in places and hasattr(value, "ds_id"))
-        copied = key in places and getattr(value, "_hp_mapping", None) is not None and is_fitting(owner)
+    own = own_tensors(module, name)
+    written = {*own, *others}
+    for key, value in {**dict(module.named_parameters()), **own}.items():
+        spread = hasattr(value, "device_mesh") or (key in written and hasattr(value, "ds_id"))
+        copied = key in written and getattr(value, "_hp_mapping", None) is not None and is_fitting(owner)
         if spread or copied:
             state = "spread over ranks by the strategy" if spread else "kept a second time, in fp32, by the strategy"
             raise MisconfigurationError(

@@ -24,6 +24,7 @@ class AdapterCheckpoints(_Base):
 
     _frozen_base: FrozenBase
     _adapted: dict[str, dict[str, Adapter]]
+    _fit_began: bool
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, but for batch normalisations of a frozen base, which keep the statistics that they have."""
@@ -36,6 +37,7 @@ class AdapterCheckpoints(_Base):
     def on_fit_start(self) -> None:
         """Say what is trained, now that `configure_model` has had its say as well."""
         super().on_fit_start()
+        self._fit_began = True
         if "_adapted" in self.__dict__:
             rank_zero_info(f"{type(self).__name__}: {trainable_report(self)}")
 
@@ -46,6 +48,7 @@ class AdapterCheckpoints(_Base):
             MisconfigurationError: if a fit begins while adapters are merged.
         """
         super().setup(stage)
+        self._fit_began = False
         if stage == "fit":
             require_unmerged(self, "train")
         if "_frozen_base" in self.__dict__:

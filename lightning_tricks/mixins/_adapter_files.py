@@ -53,10 +53,10 @@ def load_adapter(owner: Any, folder: Path, name: str, module: nn.Module, base: B
     """Read an adapter into `module`, which gets it if it has none of this name."""
     content = read_folder(folder)
     method, trained = method_of(content)
+    require_whole_places(owner, module, name, trained)
     _require_the_base(content, module)
     held = owner.__dict__.get("_adapted", {}).get(path_of(owner, module), {})
     given = given_by(content)
-    require_whole_places(owner, module, name)
     if name in held:
         require_agreement(content, method, held[name].method, module, name)
         wanted = {key: tuple(value.shape) for key, value in own_tensors(module, name).items()}

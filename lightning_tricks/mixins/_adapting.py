@@ -12,7 +12,7 @@ from lightning_tricks.mixins import _small_base as small_base
 from lightning_tricks.mixins._frozen_base import FrozenBase
 from lightning_tricks.mixins._frozen_norms import keep_norms_still
 from lightning_tricks.mixins._method import Method, layers_of
-from lightning_tricks.mixins._switching import activate
+from lightning_tricks.mixins._switching import activate, require_no_optimizer
 
 __all__ = ["Adapter", "adapt", "leave_out", "path_of", "records"]
 
@@ -43,6 +43,7 @@ def adapt(owner: Any, module: nn.Module, adapter: Adapter, name: str) -> None:
 def _attach(owner: Any, module: nn.Module, prefix: str, adapter: Adapter, name: str) -> None:
     selection.require_identifier(name)
     selection.require_unmerged(owner, "adapt again")
+    require_no_optimizer(owner)
     small_base.require_base(adapter.base, adapter.method)
     plan = adapter.method.plan(module, name)
     kept = selection.trainable(module, adapter.trainable)

@@ -10,7 +10,7 @@ from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.layers import adapted_layers
 from lightning_tricks.mixins._selection import require_ability, require_unmerged
 
-__all__ = ["activate", "disabled", "is_fitting", "use"]
+__all__ = ["activate", "disabled", "is_fitting", "require_no_optimizer", "use"]
 
 
 def use(owner: Any, weights: Mapping[str, float]) -> None:
@@ -51,6 +51,19 @@ def disabled(owner: Any) -> Iterator[None]:
     finally:
         for layer, active in before:
             layer.active = active
+
+
+def require_no_optimizer(owner: Any) -> None:
+    """A new adapter's parameters would not be in an optimizer that is made already, and the former ones' rest in it.
+
+    Raises:
+        MisconfigurationError: if a fit is past `configure_model`.
+    """
+    if is_fitting(owner) and vars(owner).get("_fit_began", False):
+        raise MisconfigurationError(
+            "a fit is running, whose optimizer does not know a new adapter: adapt, or load, in `__init__` or "
+            "`configure_model`, or between fits."
+        )
 
 
 def is_fitting(owner: Any) -> bool:

@@ -217,16 +217,15 @@ class AdapterMixin(AdapterCheckpoints):
 
         Args:
             folder: where it is.
-            name: what it is called here. An adapter of that name gets the values, if its places and scales are those of
-                the folder; otherwise `module` is adapted.
+            name: what it is called here. An adapter of that name, of the same places and scales, gets the values;
+                otherwise `module` is adapted.
             module: the module of `self` that is its base.
             base: as in `adapt`, if `module` is adapted.
 
         Raises:
-            CheckpointError: if a file is missing or malformed, the type or an option unknown, the base another one, or
-                the values would mean something else under `name`; the first tensor or layer that differs is named.
-            MisconfigurationError: if adapters are merged, a layer is none that the method can adapt here, or a strategy
-                has sharded or copied the parameters.
+            CheckpointError: if a file is missing or malformed, the type or an option unknown, or base or
+                adapter are others here; the first tensor or layer that differs is named.
+            MisconfigurationError: if adapters are merged, a layer cannot be adapted, or a strategy has the module.
         """
         selection.require_unmerged(self, "load")
         adapter_files().load_adapter(self, Path(folder), name, module, base)
@@ -239,8 +238,7 @@ class AdapterMixin(AdapterCheckpoints):
             module: an adapted module of `self`; its keys in the file are its own.
 
         Raises:
-            MisconfigurationError: if an active adapter cannot be merged, or a weight is sharded or shared with another
-                layer.
+            MisconfigurationError: if an active adapter cannot be merged, or a weight is sharded or shared.
             CheckpointError: if the disk refuses it.
         """
         selection.require_in_weights(self, module)
