@@ -57,6 +57,18 @@ def test_with_a_budget_that_cuts():
     assert max(batch["input_ids"].numel() for batch in loader) <= 16
 
 
+@pytest.mark.parametrize(("counted", "padded"), [(1, 8), (8, 1), ((8, 32), 8), (8, (8, 32))])
+def test_a_budget_counted_with_other_padding_is_refused(counted, padded):
+    data = [{"input_ids": [1] * length} for length in (3, 30, 5, 4)]
+    sampler = LengthBucketSampler([3, 30, 5, 4], max_tokens=32, pad_to=counted)
+    with pytest.raises(MisconfigurationError, match=r"`pad_to=.*`, but the `collate_fn` pads with `pad_to=.*both the"):
+        TricksDataLoader(data, sampler=sampler, collate_fn=DynamicPaddingCollator(pad_to=padded))
+    same = DynamicPaddingCollator(pad_to=counted)
+    assert max(b["input_ids"].numel() for b in TricksDataLoader(data, sampler=sampler, collate_fn=same)) <= 32
+    plain = LengthBucketSampler([3, 30, 5, 4], batch_size=2, pad_to=counted)  # without a budget any padding will do
+    TricksDataLoader(data, sampler=plain, collate_fn=DynamicPaddingCollator(pad_to=padded))
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
