@@ -64,7 +64,7 @@ class SequencePacker:
     The model is told where documents end in one of three ways. One that it does not follow trains on in silence, with
     tokens that see other documents: `check_isolation` finds that out.
 
-    - `"mask"`: an fp32 mask of shape (batch, 1, capacity, capacity) to be added to the scores, 0 or fp32's least number.
+    - `"mask"`: an fp32 mask of shape (batch, 1, capacity, capacity) to be added to the scores, 0 or the least number.
       transformers' models take it with SDPA and eager attention, torch's `scaled_dot_product_attention` as `attn_mask`.
     - `"cu_seqlens"`: the offsets that variable-length kernels take, such as flash attention's, by the names that
       transformers gives them; all documents in one row, without padding.

@@ -85,7 +85,7 @@ def test_the_fingerprint_is_of_the_documents_and_of_their_places():
     other = [5, 2, 7, 3, 1, 3, 6]  # as many rows
     assert len(loader(DOCUMENTS, lengths=other)) == len(one)
     for changed in (loader(DOCUMENTS, lengths=other), loader(Known(DOCUMENTS))):
-        with pytest.raises(MisconfigurationError, match="with fingerprint of the data=.*, but now fingerprint"):
+        with pytest.raises(MisconfigurationError, match=r"with fingerprint of the data=.*, but now fingerprint"):
             changed.load_state_dict(one.state_dict())
 
 
