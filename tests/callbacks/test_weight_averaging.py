@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tricks.callbacks import EMA, LAWA, SWA, CheckpointEnsemble, EarlyStopping, TopK, WeightAveraging
 from lightning_tricks.data import TricksDataLoader
-from lightning_tricks.engines import engine_of
-from lightning_tricks.errors import MisconfigurationError
+from lightning_tricks.engines import consolidate, engine_of
+from lightning_tricks.errors import CheckpointError, MisconfigurationError
+from lightning_tricks.inference import average_checkpoints
 from lightning_tricks.storage import WeightsFile
 
 pytestmark = [
@@ -424,6 +425,30 @@ def test_d13_names_are_plain_in_compiled_modules_too(trainer, resumable, tmp_pat
     assert plain[0].keys() == compiled[0].keys() == {"layer.weight", "layer.bias"}
     assert all(torch.equal(plain[0][name], compiled[0][name]) for name in plain[0])
     assert plain[1] == compiled[1]
+
+
+def test_d14_files_of_an_average_are_combined_with_their_like_or_refused(trainer, resumable, tmp_path):
+    class Save(Callback):
+        def on_validation_end(self, trainer, *_):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "full.ckpt")
+                trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+                averaging.save_average(tmp_path / "average.safetensors")
+
+    averaging = WeightAveraging(EMA(0.5))
+    trainer([Save(), averaging], max_epochs=1, num_sanity_val_steps=0).fit(resumable())
+    consolidate(tmp_path / "full.ckpt", tmp_path / "raw.safetensors")
+    raw, average = tmp_path / "raw.safetensors", tmp_path / "average.safetensors"
+    for suffix in ("ckpt", "safetensors"):
+        mean = tmp_path / f"mean.{suffix}"
+        average_checkpoints([average, tmp_path / "weights.ckpt"], mean)
+        for one, other in [(average, raw), (raw, average), (mean, raw), (raw, mean)]:
+            with pytest.raises(CheckpointError, match="holds a running average of the weights"):
+                average_checkpoints([one, other], tmp_path / "never.ckpt")
+    with pytest.raises(CheckpointError, match=r"full\.ckpt is a full checkpoint of a run with WeightAveraging"):
+        average_checkpoints([tmp_path / "full.ckpt"], tmp_path / "never.ckpt")
+    assert len(average_checkpoints([raw, raw], tmp_path / "raw mean.ckpt").members) == 2
+    assert not (tmp_path / "never.ckpt").exists()
 
 
 def test_saving_after_the_fit_saves_what_the_module_holds(trainer, resumable, tmp_path, same_weights):

@@ -112,6 +112,22 @@ def test_average_refuses_and_skips(project, refused, capsys):
     assert read_checkpoint("mean.ckpt")["state_dict"]["layer.weight"].tolist() == [[2.5, 0.0]]
 
 
+def test_average_skips_a_first_file_that_is_damaged(project, capsys):
+    (project / "broken.ckpt").write_bytes(b"no checkpoint")
+    good = [saved(project, str(value), [value, 0.0]) for value in (1.0, 4.0)]
+    assert main(["average", "broken.ckpt", *good, "--out", "mean.ckpt", "--skip-bad"]) == 0
+    assert "Left out `broken.ckpt`" in capsys.readouterr().err
+    assert read_checkpoint("mean.ckpt")["state_dict"]["layer.weight"].tolist() == [[2.5, 0.0]]
+
+
+@pytest.mark.parametrize("kind", ["own.Net", "own.Gone", "nowhere.Net"])
+def test_adapters_of_another_module_are_refused_as_such(project, refused, kind):
+    state = {"layer.lora_A": torch.ones(1, 2), "layer.lora_B": torch.ones(1, 3)}
+    torch.save({"state_dict": state, "hyper_parameters": {"_class_path": kind}}, "adapted.ckpt")
+    said = refused("average", "adapted.ckpt", "adapted.ckpt", "--out", "mean.ckpt")
+    assert "adapted.ckpt holds adapters (`layer.lora_A`)" in said
+
+
 def test_adapters_of_a_text_classifier_are_merged(project):
     from lightning.pytorch import Trainer
 
