@@ -106,9 +106,9 @@ def _refuse_second_sets(member: Stored) -> None:
     for name in (member.rest.get("lightning_tricks") or {}).get("values") or {}:
         if name.startswith("WeightAveraging"):
             raise CheckpointError(
-                f"{member.path} is a full checkpoint of a run with WeightAveraging and holds two sets of weights, the raw"
-                f" ones and the average `{name}`, and does not say which is meant. For the average give checkpoints saved"
-                " with `save_weights_only=True`, or by `save_average`; for the raw weights the files that"
+                f"{member.path} is a full checkpoint of a run with WeightAveraging and holds two sets of weights, the"
+                f" raw ones and the average `{name}`, and does not say which is meant. For the average give checkpoints"
+                " saved with `save_weights_only=True`, or by `save_average`; for the raw weights the files that"
                 " `lightning-tricks consolidate` writes of these."
             )
 

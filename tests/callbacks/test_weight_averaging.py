@@ -10,7 +10,19 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_tricks.callbacks import EMA, LAWA, SWA, CheckpointEnsemble, EarlyStopping, TopK, WeightAveraging
+from lightning_tricks.callbacks import (
+    EMA,
+    LAWA,
+    SWA,
+    CheckpointEnsemble,
+    Cyclic,
+    EarlyStopping,
+    Every,
+    LastK,
+    Predictions,
+    TopK,
+    WeightAveraging,
+)
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import consolidate, engine_of
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
@@ -93,6 +105,19 @@ def test_ema_equals_torchs_averaged_model_in_every_bit(trainer, resumable, same_
     theirs, module = TorchsAverage(multi_avg_fn=get_ema_multi_avg_fn(0.9)), resumable()
     trainer([WeightAveraging(EMA(0.9, warmup=0)), theirs], max_epochs=2).fit(module)
     assert same_weights(module.layer.state_dict(), theirs.model.module.state_dict())
+
+
+@pytest.mark.parametrize("gamma", [None, 9.0])
+def test_ema_is_timms_formula_in_double_precision(trainer, resumable, gamma):
+    """timm: ema = lerp(ema, weights, 1 - decay), with decay constant or min(decay, 1 - (1 + step / gamma) ** -1)."""
+    trail, module = Trail(), resumable()
+    warmup = 0 if gamma is None else 1 + gamma
+    trainer([WeightAveraging(EMA(0.8, warmup=warmup)), trail], max_epochs=3).fit(module)
+    expected = {name: value.double() for name, value in trail.weights[0].items()}
+    for step, weights in enumerate(trail.weights[1:], 2):
+        decay = 0.8 if gamma is None else min(0.8, 1 - (1 + step / gamma) ** -1.0)
+        expected = {name: torch.lerp(expected[name], weights[name].double(), 1 - decay) for name in expected}
+    assert close(module.state_dict(), expected)
 
 
 def test_swa_equals_torchs_averaged_model(trainer, resumable):
@@ -510,6 +535,33 @@ def test_resuming_a_finished_run_delivers_its_average(trainer, resumable, same_w
     assert same_weights(again.state_dict(), module.state_dict())
 
 
+@pytest.mark.parametrize(
+    "other", [{"policy": EMA(0.6)}, {"policy": EMA(0.5), "update_every": 2}, {"policy": LAWA(k=2)}]
+)
+def test_an_average_of_other_options_is_not_passed_over_in_silence(trainer, resumable, same_weights, tmp_path, other):
+    saver = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{epoch}")
+    trainer([WeightAveraging(EMA(0.5)), saver], enable_checkpointing=True, max_epochs=1).fit(resumable())
+    path = tmp_path / "saved" / "epoch=0.ckpt"
+    for act in ("test", "validate"):
+        with pytest.raises(MisconfigurationError, match=r"holds the average of .*decay=0\.5.*raw weights.*use_for"):
+            getattr(trainer([WeightAveraging(**other)]), act)(resumable(), ckpt_path=path, verbose=False)
+    module = resumable()
+    trainer([WeightAveraging(**other, use_for=["validation"])]).test(module, ckpt_path=path, verbose=False)
+    assert same_weights(module.state_dict(), torch.load(path, weights_only=True)["state_dict"])
+    averaging = WeightAveraging(**other, use_for=["validation"])
+    with pytest.warns(UserWarning, match=r"decay=0\.5.*that average is left, and a new one begins"):
+        trainer([averaging], max_epochs=2).fit(resumable(), ckpt_path=path)
+    assert averaging.updates == {1: 4, 2: 2, "epoch": 1}[averaging.update_every]
+
+
+def test_an_instance_that_is_new_beside_one_that_goes_on_says_nothing(trainer, resumable, tmp_path):
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{epoch}")
+    trainer([WeightAveraging(EMA(0.5)), saver], enable_checkpointing=True, max_epochs=1).fit(resumable())
+    both = [WeightAveraging(EMA(0.5)), WeightAveraging(EMA(0.9), use_for=[])]
+    trainer(both, max_epochs=2).fit(resumable(), ckpt_path=saver.best_model_path)
+    assert [averaging.updates for averaging in both] == [8, 4]
+
+
 # -- with others -----------------------------------------------------------------------------------------------------
 
 
@@ -528,6 +580,16 @@ def test_e6_the_best_weights_are_the_averaged_ones_that_were_scored(trainer, res
     mean = torch.load(ensemble.path, weights_only=True)["state_dict"]
     assert close(mean, {name: (diary.weights[1][name] + diary.weights[2][name]).double() / 2 for name in mean})
     assert ensemble.results["ensemble"]["val/loss"] != ensemble.results["best"]["val/loss"]
+
+
+@pytest.mark.parametrize("policy", [LastK(2), Every(epochs=1), Cyclic(cycles=2)], ids=repr)
+def test_members_that_are_not_taken_in_a_validation_are_raw_weights(trainer, resumable, policy, same_weights):
+    trail, ensemble = Trail(), CheckpointEnsemble(policy, Predictions())
+    trainer([ensemble, WeightAveraging(EMA(0.5)), trail], max_epochs=2).fit(resumable())
+    members = [torch.load(path, weights_only=True)["state_dict"] for path in ensemble.paths]
+    assert len(members) == 2
+    assert same_weights(members[0], trail.weights[7])
+    assert same_weights(members[1], trail.weights[3])
 
 
 def test_several_instances_work_side_by_side(trainer, resumable, tmp_path):
