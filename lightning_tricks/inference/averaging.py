@@ -95,9 +95,7 @@ def average_checkpoints(
     """
     chosen, out = checked_paths(paths), checked_out(out, paths)
     given = dict(enumerate(_checked_weights(weights, len(chosen))))
-    checked_source(module, loader)
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise MisconfigurationError(f"`batches` must be a whole number of 1 or more, got {batches!r}: try 100.")
+    checked_source(module, loader, batches)
     members, skipped = open_members(chosen, AdapterMerger(module), ignore=ignore, skip_bad=skip_bad)
     left = [given[place] for place, path in enumerate(chosen) if path not in skipped]
     if sum(left) <= 0:

@@ -432,24 +432,63 @@ def test_d2_fit_then_test_on_one_trainer_tests_the_average(trainer, normalised, 
     assert not close(tested.weights, spy.seen[0])
 
 
-def test_d13_names_are_plain_in_compiled_modules_too(trainer, resumable, tmp_path):
-    def fit(name, compiled):
+@pytest.fixture
+def compiled(resumable):
+    """A module class that compiles a submodule of its own as it is built."""
+
+    class Compiled(resumable):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.compile(self.layer, backend="eager")
+
+    return Compiled
+
+
+def plain(state):
+    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("how", ["the whole module", "in place", "afterwards", "as it is built"])
+def test_d13_files_are_the_same_compiled_or_not(trainer, resumable, compiled, same_weights, tmp_path, how):
+    """The files of a module that is given compiled are the same bytes. One that wraps a part of its own names it so."""
+
+    def fit(name, module, given=None):
         class Save(Callback):
-            def on_train_end(self, trainer, pl_module):
-                trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+            def on_validation_end(self, trainer, pl_module):
+                trainer.save_checkpoint(tmp_path / f"{name} full.ckpt")
+                trainer.save_checkpoint(tmp_path / f"{name} weights.ckpt", weights_only=True)
                 averaging.save_average(tmp_path / f"{name}.safetensors")
 
-        module, averaging = resumable(), WeightAveraging(EMA(0.5))
-        if compiled:
-            module.layer = torch.compile(module.layer, backend="eager")
-        trainer([Save(), averaging], max_epochs=1).fit(module)
-        (values,) = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["lightning_tricks"]["values"].values()
-        return values, (tmp_path / f"{name}.safetensors").read_bytes()
+        averaging = WeightAveraging(EMA(0.5))
+        trainer([Save(), averaging], max_epochs=1, num_sanity_val_steps=0).fit(module if given is None else given)
+        paths = [tmp_path / f"{name} {kind}.ckpt" for kind in ("full", "weights")]
+        return [torch.load(path, weights_only=True) for path in paths], (tmp_path / f"{name}.safetensors").read_bytes()
 
-    plain, compiled = fit("plain", False), fit("compiled", True)
-    assert plain[0].keys() == compiled[0].keys() == {"layer.weight", "layer.bias"}
-    assert all(torch.equal(plain[0][name], compiled[0][name]) for name in plain[0])
-    assert plain[1] == compiled[1]
+    module = compiled() if how == "as it is built" else resumable()
+    given = torch.compile(module, backend="eager") if how == "the whole module" else None
+    if how == "in place":
+        module.layer.compile(backend="eager")
+    elif how == "afterwards":
+        module.layer = torch.compile(module.layer, backend="eager")
+    found, expected = fit("found", module, given), fit("expected", resumable())
+    assert found[1] == expected[1]
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        assert same_weights(plain(ours["state_dict"]), theirs["state_dict"])
+        assert ours["lightning_tricks"].keys() == theirs["lightning_tricks"].keys()
+    (values,), (others,) = (each[0][0]["lightning_tricks"]["values"].values() for each in (found, expected))
+    assert same_weights(values, others)
+    paths = [tmp_path / f"{name} weights.ckpt" for name in ("found", "expected")]
+    average_checkpoints(paths, tmp_path / "mean.ckpt")
+    assert same_weights(
+        torch.load(tmp_path / "mean.ckpt", weights_only=True)["state_dict"], expected[0][1]["state_dict"]
+    )
+    if how in ("the whole module", "in place"):
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    else:  # its own names, by which it loads strictly
+        assert found[0][1]["state_dict"].keys() == module.state_dict().keys() != expected[0][1]["state_dict"].keys()
+    if how == "as it is built":
+        loaded = compiled.load_from_checkpoint(paths[0], strict=True)
+        assert same_weights(plain(loaded.state_dict()), expected[0][1]["state_dict"])
 
 
 def test_d14_files_of_an_average_are_combined_with_their_like_or_refused(trainer, resumable, tmp_path):
@@ -524,6 +563,40 @@ def test_d11_resumed_at_any_point_equals_uninterrupted(trainer, normalised, same
     assert resumed[0].updates == whole[0].updates > 1
     assert same_weights(resumed[1], whole[1])
     assert same_weights(resumed[2], whole[2])
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_offloaded_is_the_same_in_every_bit(trainer, normalised, same_weights, tmp_path, policy):
+    class Save(Callback):
+        def __init__(self, name, averaging):
+            self.name, self.averaging = name, averaging
+
+        def on_validation_end(self, trainer, *_):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / self.name)
+                self.averaging.save_average(tmp_path / f"{self.name}.safetensors")
+                kept, own = self.averaging._average._copies, self.averaging._lender._own[0].values()
+                assert {each.device.type for copy in [*kept, own] for each in copy} == {"cpu"}
+
+    def fit(offload, **resume):
+        torch.manual_seed(7)
+        averaging, module = WeightAveraging(policy, update_every=1, offload=offload), normalised()
+        module.training_step = lambda batch, batch_idx: module.loss(batch)  # draws no random numbers
+        spy, trail, save = Spy(), Trail(), Save(f"{offload}.ckpt", averaging)
+        trail.weights = [None] * 4 if resume else []
+        options = {"max_epochs": 2, "num_sanity_val_steps": 0, "val_check_interval": 2}
+        trainer([averaging, spy, trail, *([] if resume else [save])], **options).fit(module, **resume)
+        return [*spy.seen, trail.weights[-1], copied(module)], averaging.updates
+
+    (there, updates), (here, expected) = fit(True), fit(False)
+    assert updates == expected > 2
+    assert all(map(same_weights, there, here))
+    files = [(tmp_path / f"{offload}.ckpt.safetensors").read_bytes() for offload in (True, False)]
+    assert files[0] == files[1]
+    for offload in (True, False):
+        again, updates = fit(offload, ckpt_path=tmp_path / f"{not offload}.ckpt")
+        assert updates == expected
+        assert all(map(same_weights, again[-3:], here[-3:]))
 
 
 def test_resuming_a_finished_run_delivers_its_average(trainer, resumable, same_weights, tmp_path):

@@ -163,6 +163,18 @@ def test_soup(folded, capsys):
     assert "the mean of 2 of 3 checkpoints: val/loss" in said
 
 
+def test_soup_skips_what_is_damaged(folded, capsys):
+    (folded / "broken.ckpt").write_bytes(b"no checkpoint")
+    paths = ["broken.ckpt", saved(folded, "best", [1.1, 1.1]), saved(folded, "helps", [0.8, 0.8])]
+    command = ["soup", *paths, "--out", "soup.ckpt", "--monitor", "val/loss", "--config", "config.yaml"]
+    assert main(command) == 2
+    assert "broken.ckpt" in capsys.readouterr().err
+    assert main([*command, "--skip-bad"]) == 0
+    said = capsys.readouterr().err
+    assert "Left out `broken.ckpt`" in said
+    assert "the mean of 2 of 2 checkpoints" in said
+
+
 def test_soup_refuses(folded, refused):
     paths = [saved(folded, "a", [1.0, 1.0]), saved(folded, "b", [1.0, 2.0])]
     command = ["soup", *paths, "--out", "soup.ckpt", "--config", "config.yaml", "--monitor"]
