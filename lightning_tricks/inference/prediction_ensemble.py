@@ -165,7 +165,7 @@ class PredictionEnsemble(LightningModule):
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         """Let go of what was read: it is read again where, and in which dtype, the module is then."""
         self._stack, self._held = {}, None
-        return super()._apply(*arguments, **options)
+        return super()._apply(*arguments, **options)  # type: ignore[no-any-return, no-untyped-call]
 
     def _stacks(self) -> bool:
         if self.loading != "auto":
