@@ -49,9 +49,9 @@ class Line(L.LightningModule):
 
 
 class Folds(L.LightningDataModule):
-    def __init__(self, fold: tuple[int, int] | None = None):
+    def __init__(self, path: str = "", fold: tuple[int, int] | None = None):
         super().__init__()
-        self.fold = fold
+        self.path, self.fold = path, fold
 
     def rows(self, held):
         place, count = self.fold or (0, 2)
@@ -227,6 +227,26 @@ def test_cross_validate_refuses(folded, refused):
     assert "fold" in refused(*COMMAND, "--data", "own.Data")
     assert main(COMMAND) == 0
     assert "holds a fold of other options" in refused(*COMMAND, "--trainer.max_epochs=1")
+
+
+@pytest.mark.parametrize("how", ["in the configuration", "on the command line", "a folder"])
+def test_finished_folds_are_not_those_of_other_data(folded, refused, how):
+    """A row was added to the data: what was scored before says nothing of them."""
+    (folded / "rows").mkdir()
+    (folded / "rows" / "data.csv").write_text("a,b\n1,2\n")
+    path = "rows" if how == "a folder" else "rows/data.csv"
+    command = [*COMMAND, f"--data.path={path}"]
+    if how == "in the configuration":
+        (folded / "config.yaml").write_text(
+            CONFIG.replace("folded.Folds}", f"folded.Folds, init_args: {{path: {path}}}}}")
+        )
+        command = COMMAND
+    assert main(command) == 0
+    before = (folded / "cv" / "fold_0" / "model.ckpt").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (folded / "cv" / "fold_0" / "model.ckpt").stat().st_mtime_ns == before
+    (folded / "rows" / "data.csv").write_text("a,b\n1,2\n3,4\n")
+    assert "other data" in refused(*command)
 
 
 def test_the_review_data_know_folds():
