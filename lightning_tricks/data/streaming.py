@@ -170,7 +170,7 @@ class StreamingSampler:
         rows = self._rows((self.seed, self.epoch), samples)
         ranks = self._ranks(rows, world, key)
         if wanted < 1 or len(rows) < wanted * world:
-            raise MisconfigurationError(does_not_fit(len(rows), wanted, world))
+            raise MisconfigurationError(does_not_fit(len(rows), wanted, world, resumed=samples is not None))
         if self.by_tokens:
             pools, most = self._within_budget(rows, ranks, limit, wanted)
             pools = Pools(pools.bounds, spread(pools.steps, most, wanted), budget=limit)
@@ -178,7 +178,7 @@ class StreamingSampler:
             natural = len(rows) - wanted * world * limit < world
             even = (wanted - 1) * limit >= len(rows) // world
             if not natural:
-                raise MisconfigurationError(does_not_fit(len(rows), wanted, world))
+                raise MisconfigurationError(does_not_fit(len(rows), wanted, world, resumed=samples is not None))
             pools = fixed_pools(np.array([len(each) for each in ranks]), limit, self.window, wanted, even)
         return StreamPlan(ranks, pools, self.costs, None if self.buffer is None else key)
 
@@ -238,7 +238,7 @@ class StreamingSampler:
                 return pools, most
             if size >= math.ceil(len(rows) / len(ranks)):
                 if wanted is not None:
-                    raise MisconfigurationError(does_not_fit(len(rows), wanted, len(ranks)))
+                    raise MisconfigurationError(does_not_fit(len(rows), wanted, len(ranks), resumed=samples is not None))
                 raise DataError(
                     f"{len(rows)} rows cannot be had in equally many batches within `max_tokens={limit}` on each of"
                     f" {len(ranks)} devices: too many of them fill a batch alone. Raise `max_tokens`, or use fewer"
