@@ -1,12 +1,12 @@
 """Batches of samples of about the same length: shuffled, with little padding, and of equal cost on every rank."""
 
-import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from lightning_tricks.data._cutting import Cutter
+from lightning_tricks.data._fingerprint import checksum_of
 from lightning_tricks.data._lengths import TooLong, checked_lengths, keep_within, refuse_uncut
 from lightning_tricks.data._order import does_not_fit
 from lightning_tricks.data._plan import Plan, check_whole
@@ -181,9 +181,8 @@ class LengthBucketSampler:
         refuse_uncut(self.max_length, collate_fn)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order, the lengths' checksum among it."""
+        """What decides the order, a checksum of the lengths and of what is not dropped among it."""
         by = "max_tokens" if self.by_tokens else "batch_size"
-        content = zlib.crc32(np.ascontiguousarray(self.costs).data)
         return {
             "samples": self.samples,
             "seed": self.seed,
@@ -191,7 +190,7 @@ class LengthBucketSampler:
             "by": by,
             "too_long": self.too_long,
             "order's version": VERSION,
-            "fingerprint of the lengths": f"{content:08x}",
+            "fingerprint of the lengths": checksum_of(self.costs, self.kept),
         }
 
     def of(self, draw: Draw) -> "LengthBucketSampler":

@@ -16,6 +16,7 @@ from lightning_tricks.errors import DataError, MisconfigurationError
 __all__ = ["TricksDataLoader"]
 
 CONTENT = "fingerprint of the data"
+POSITION = ("epoch", "batches", "length", "segments")  # what a state holds besides the order's identity
 REMEDY = (
     "Load the samples into a map-style dataset, or stream them: source = IterableSource([dataset]), or ParquetSource or"
     " LitDataSource of files, and TricksDataLoader(source, sampler=StreamingSampler(source, batch_size=...))."
@@ -180,10 +181,12 @@ class TricksDataLoader:
         return {**self._order.identity(), **known}
 
     def _refuse_another_order(self, state: dict[str, Any]) -> None:
-        for name, now in self._identity().items():
-            if name == CONTENT and name not in state:
-                continue  # saved when the dataset gave none
-            if (before := state.get(name)) != now:
+        here = self._identity()
+        for name in [*here, *(name for name in state if name not in here and name not in POSITION)]:
+            if name == CONTENT and (name not in state or name not in here):
+                continue  # saved when the dataset gave none, or it gives none any more
+            before, now = state.get(name), here.get(name)
+            if before != now:
                 raise MisconfigurationError(
                     f"The checkpoint stands in the middle of an epoch (batch {state['batches']} of {state['length']})"
                     f" with {name}={before}, but now {name}={now}: the samples seen and to come would not fit"

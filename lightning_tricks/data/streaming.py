@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_tricks.data._fingerprint import checksum_of
 from lightning_tricks.data._lengths import TooLong, checked_lengths, keep_within, refuse_uncut
 from lightning_tricks.data._order import does_not_fit, plain_steps
 from lightning_tricks.data._plan import check_whole
@@ -199,7 +200,7 @@ class StreamingSampler:
         """What decides the order."""
         lengths = {}
         if self.costs is not None:
-            lengths["fingerprint of the lengths"] = f"{zlib.crc32(np.ascontiguousarray(self.costs).data):08x}"
+            lengths["fingerprint of the lengths"] = checksum_of(self.costs, self.kept)
         return {
             "samples": self.samples,
             "seed": self.seed,

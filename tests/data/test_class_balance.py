@@ -119,6 +119,21 @@ def test_resumed_in_mid_epoch_and_refused_with_other_labels():
         make(strategy="square_root").load_state_dict(state)
 
 
+def test_another_order_within_is_refused_in_mid_epoch():
+    def make(within=True, **options):
+        lengths = np.arange(100) % 9 + 1
+        inner = LengthBucketSampler(lengths, max_tokens=60, **options) if within else None
+        return TricksDataLoader(torch.arange(100), sampler=ClassBalancedSampler(LABELS, within=inner))
+
+    one = make()
+    next(iter(one))
+    make().load_state_dict(one.state_dict())
+    with pytest.raises(MisconfigurationError, match="with seed of `within`=0, but now seed of `within`=9"):
+        make(seed=9).load_state_dict(one.state_dict())
+    with pytest.raises(MisconfigurationError, match="with window=100, but now window=None"):
+        make(within=False).load_state_dict(one.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_a_loss_that_balances_as_well_is_told(tmp_path):
     class Both(ClassWeightedLossMixin, L.LightningModule):

@@ -328,6 +328,21 @@ def test_other_data_is_refused_in_mid_epoch():
         bucketed(lengths).load_state_dict(one.state_dict())
 
 
+def test_another_choice_of_samples_is_refused_in_mid_epoch():
+    """Half the budget on twice the ranks would be the same steps, but it drops other samples."""
+    lengths = corpus(200)
+
+    def make(budget):
+        sampler = LengthBucketSampler(lengths, max_tokens=budget, window=5, too_long="drop")
+        return TricksDataLoader(torch.arange(200), sampler=sampler)
+
+    one = make(100)
+    next(iter(one))
+    make(200).load_state_dict(make(200).state_dict())
+    with pytest.raises(MisconfigurationError, match=r"with fingerprint of the lengths=.*, but now fingerprint"):
+        make(50).load_state_dict(one.state_dict())
+
+
 def test_another_version_s_order_is_refused_in_mid_epoch():
     one = bucketed(corpus(200))
     next(iter(one))

@@ -257,6 +257,17 @@ def test_the_loader_goes_on_on_other_ranks(monkeypatch, before, after):
     assert sorted(row for found, _ in [*first, *second] for row in found) == list(range(COUNT))
 
 
+def test_another_choice_of_rows_is_refused_in_mid_epoch():
+    def drop(budget):
+        return make(max_tokens=budget, lengths=lengths_of(COUNT), too_long="drop")
+
+    one = drop(40)
+    next(iter(one))
+    drop(40).load_state_dict(one.state_dict())
+    with pytest.raises(MisconfigurationError, match="with fingerprint of the lengths="):
+        drop(20).load_state_dict(one.state_dict())
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
