@@ -87,7 +87,7 @@ def test_every_epoch_has_the_promised_steps(runs, budget, world, window, seed):
     lengths = np.repeat(*np.array(runs).T)
     sampler = LengthBucketSampler(lengths, max_tokens=budget, window=window, seed=seed)
     if fewest(lengths, sampler, world, budget) * world > len(lengths):
-        with pytest.raises(DataError, match="cannot be shared out evenly|cannot give each of"):
+        with pytest.raises(DataError, match=r"cannot be shared out evenly|cannot give each of"):
             sampler.steps(world, budget)
         return
     for epoch in (0, 1, 2):
