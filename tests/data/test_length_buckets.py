@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_tricks.data import LengthBucketSampler, TricksDataLoader, loader
+from lightning_tricks.data import ClassBalancedSampler, LengthBucketSampler, TricksDataLoader, loader
 from lightning_tricks.data._plan import continued
 from lightning_tricks.data._tails import gather_tails
 from lightning_tricks.errors import DataError, MisconfigurationError
@@ -202,10 +202,17 @@ def test_epochs_differ_and_repeat():
     assert orders[0] != parts(LengthBucketSampler(corpus(), max_tokens=512, seed=1).plan(1, 512), 1)
 
 
-def test_the_order_does_not_leak_the_length():
-    sampler = LengthBucketSampler(corpus(20_000), max_tokens=512)
-    longest = [sampler.costs[step[0]].max() for step in parts(sampler.plan(1, 512), 1)]
-    assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 4 / np.sqrt(len(longest))
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("options", [{"max_tokens": 512}, {"batch_size": 16}])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_order_does_not_leak_the_length(options, world, balanced):
+    sampler = within = LengthBucketSampler(corpus(20_000), **options)
+    if balanced:
+        sampler = ClassBalancedSampler((corpus(20_000) % 7 == 0).astype(int), strategy="square_root", within=within)
+    steps = parts(sampler.plan(world, sampler.limit), world)
+    for rank in range(world):
+        longest = [within.costs[step[rank]].max() for step in steps]
+        assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 4 / np.sqrt(len(longest))
 
 
 def test_little_is_wasted_and_ranks_wait_little():

@@ -333,11 +333,13 @@ def batches_needed(lengths, budget):
     return found
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
-def test_the_loader_goes_on_on_other_ranks(monkeypatch, before, after):
+def test_the_loader_goes_on_on_other_ranks(monkeypatch, before, after, options):
     def on(rank, world, state=None, steps=99):
         monkeypatch.setattr(loader, "ranks", lambda: (rank, world))
-        one = make(**{**OPTIONS["budget"], "max_tokens": 160 * 4 // world})
+        limit = {"max_tokens": 160 * 4 // world} if options == "budget" else {"batch_size": 4 * 4 // world}
+        one = make(**{**OPTIONS[options], **limit})
         if state is not None:
             one.load_state_dict(state)
         found = []
