@@ -6,7 +6,7 @@ And the other way round. What is recorded are samples: none comes twice, none is
 import json
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +109,7 @@ def epochs_of(ranks, first=0):
     length = ranks[0]["length"]
     assert {len(rank["seen"]) for rank in ranks} == {EPOCHS * length - first}
     bounds = [0, *(epoch * length - first for epoch in range(1, EPOCHS + 1))]
-    return [
-        list(chain(*(batch for rank in ranks for batch in rank["seen"][a:b])))
-        for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [list(chain(*(batch for rank in ranks for batch in rank["seen"][a:b]))) for a, b in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("name", LIMITS)
