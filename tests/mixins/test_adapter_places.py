@@ -173,3 +173,16 @@ def test_the_report_counts_what_configure_model_adapts(caplog):
     with caplog.at_level(logging.INFO):
         trainer(max_steps=1).fit(model := Late())
     assert caplog.text.count(f"Late: {trainable_report(model)}") == 1
+
+
+class Growing(Classifier):
+    def on_train_start(self):
+        self.adapt(self.encoder, LoRA(rank=2), name="late")
+
+
+def test_a_running_fit_takes_no_new_adapter():
+    with pytest.raises(MisconfigurationError, match="a fit is running, whose optimizer does not know a new adapter"):
+        trainer(max_steps=1).fit(model := Growing())
+    assert model.adapter_names == ("default",)
+    model.on_train_start()  # the fit is over
+    assert model.adapter_names == ("default", "late")
