@@ -186,3 +186,27 @@ def test_a_running_fit_takes_no_new_adapter():
     assert model.adapter_names == ("default",)
     model.on_train_start()  # the fit is over
     assert model.adapter_names == ("default", "late")
+
+
+# -- loading under a strategy ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero_2", "zero_3"])
+def test_loading_after_the_strategy_took_the_module_is_refused_by_name(strategy, group, tmp_path):
+    torch.manual_seed(0)
+    module = moved(Classifier())
+    module.save_adapter(tmp_path)
+    options = {"strategy": strategy, "devices": group.world, "folder": str(tmp_path)}
+    for answer in group.call("tests.mixins.loading_jobs:load_too_late", **options):
+        assert answer["steps"] == 1, "in configure_model it can be"
+        if strategy == "ddp":
+            assert answer["default"] == "none"
+            assert "a fit is running, whose optimizer holds" in answer["rest"]
+        else:
+            state = "kept a second time, in fp32, by" if strategy == "zero_2" else "spread over ranks by"
+            assert f"is {state} the strategy: call `load_adapter` in `__init__`" in answer["default"]
+            assert "call `load_adapter` in `__init__` or" in answer["rest"] or "a fit is running" in answer["rest"]
+        state = "spread over ranks by" if strategy == "fsdp2" else "a fit is running, whose optimizer does not know"
+        assert state in answer["new"]
