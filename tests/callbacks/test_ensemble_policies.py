@@ -367,7 +367,7 @@ def test_cyclic_needs_to_know_the_steps(trainer, scripted, epochs, steps):
 # -- whatever goes wrong -----------------------------------------------------------------------------------------------
 
 AVERAGING = """
-import os, signal, sys
+import os, pathlib, signal, sys
 import torch
 import lightning_tricks.callbacks._combining as combining
 from lightning.pytorch import LightningModule, Trainer
@@ -389,6 +389,8 @@ class Net(LightningModule):
 
 average, signals = combining.average_stored, []
 def dying(*arguments, **options):
+    for path in pathlib.Path(sys.argv[1]).iterdir():
+        (pathlib.Path(sys.argv[1]).parent / "before" / path.name).write_bytes(path.read_bytes())
     import lightning_tricks.engines._average as averaging
     mean = averaging._mean_of
     def second(*rest):
@@ -407,13 +409,18 @@ Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=Fals
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_while_averaging_leaves_every_member_intact(tmp_path, how):
-    command = [sys.executable, "-W", "ignore", "-c", AVERAGING, f"{tmp_path}", f"{int(how)}"]
+    folder, before = tmp_path / "out", tmp_path / "before"
+    folder.mkdir()
+    before.mkdir()
+    (folder / "ensemble.ckpt").write_bytes(b"of the run before")
+    command = [sys.executable, "-W", "ignore", "-c", AVERAGING, f"{folder}", f"{int(how)}"]
     run = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode != 0
-    members = sorted(tmp_path.glob("member-*"))
-    assert len(members) == 3
-    assert all(WeightsFile(path).tensor("layer.weight").isfinite().all() for path in members)
-    assert not (tmp_path / "ensemble.ckpt").exists()
+    assert len(list(before.glob("member-*"))) == 3
+    for path in before.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+        assert path.suffix != ".safetensors" or WeightsFile(path).tensor("layer.weight").isfinite().all()
+    assert {path.name for path in folder.glob("[!.]*")} == {path.name for path in before.iterdir()}
 
 
 @pytest.mark.parametrize(
