@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_tricks.callbacks._ensemble_report import adapter_names
 from lightning_tricks.engines import (
     Stored,
     average_stored,
@@ -57,12 +58,11 @@ class GivenMembers:
         average_stored([self._opened[place] for place in places], weights, out, {})
 
     def _refuse_adapters(self, stored: Stored) -> None:
-        for name in stored.weights:
-            if "lora_" in name:
-                raise CheckpointError(
-                    f"{stored.path} holds adapters (`{name}`), and the mean of A and of B apart is not the mean of the"
-                    " products BA: average them with `lightning_tricks.inference.average_checkpoints(..., module=...)`."
-                )
+        if found := adapter_names(list(stored.weights)):
+            raise CheckpointError(
+                f"{stored.path} holds adapters (`{found[0]}`), and the mean of A and of B apart is not the mean of the"
+                " products BA: average them with `lightning_tricks.inference.average_checkpoints(..., module=...)`."
+            )
 
     def _refuse_other_module(self, module: LightningModule) -> None:
         here = {name.replace("_orig_mod.", ""): tuple(value.shape) for name, value in module.state_dict().items()}
