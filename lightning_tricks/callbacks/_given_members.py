@@ -7,13 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_tricks.callbacks._ensemble_report import adapter_names
-from lightning_tricks.engines import (
-    Stored,
-    average_stored,
-    open_checkpoint,
-    refuse_other_meaning,
-    refuse_other_weights,
-)
+from lightning_tricks.engines import Stored, average_stored, open_member, refuse_other_member
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["GivenMembers"]
@@ -45,11 +39,10 @@ class GivenMembers:
         Raises:
             CheckpointError: naming the file and its first offending entry.
         """
-        self._opened = [open_checkpoint(path) for path in self.paths]
+        self._opened = [open_member(path) for path in self.paths]
         for stored in self._opened:
             self._refuse_adapters(stored)
-            refuse_other_weights(self._opened[0], stored)
-            refuse_other_meaning(self._opened[0], stored)
+            refuse_other_member(self._opened[0], stored)
         if not is_overridden("configure_model", module):
             self._refuse_other_module(module)
 

@@ -252,6 +252,35 @@ def test_given_checkpoints_are_checked_before_the_fit(trainer, scripted, given, 
         assert module.global_step == 0
 
 
+OTHERS = {
+    "a second set": ({"model_ema": {}}, r"last\.ckpt holds two sets of weights, `state_dict` and `model_ema`"),
+    "an average": ({"averaging_state": {}}, r"last\.ckpt holds a running average of the weights and .*0\.ckpt the"),
+    "another base": (
+        {"lightning_tricks": {"base": {"body": {"shape": "1", "float32": "00"}}}},
+        r"last\.ckpt with .*0\.ckpt: they were trained beside different frozen weights `body`",
+    ),
+    "other labels": ({"hyper_parameters": {"labels": ["a", "b"]}}, r"the hyper-parameter `labels` is \['a', 'b'\]"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_given_checkpoints_of_another_kind_are_refused_before_the_fit(trainer, scripted, given, tmp_path, what):
+    more, message = OTHERS[what]
+    first = torch.load(given[0], weights_only=True)
+    torch.save({**first, "hyper_parameters": {"labels": ["a", "c"]}}, given[0])
+    torch.save({**first, **more}, tmp_path / "last.ckpt")
+    module = scripted()
+    with pytest.raises(CheckpointError, match=message):
+        trainer([CheckpointEnsemble([*given, tmp_path / "last.ckpt"])]).fit(module)
+    assert module.global_step == 0
+
+
+def test_a_single_given_checkpoint_with_a_second_set_is_refused(trainer, scripted, given):
+    torch.save({**torch.load(given[0], weights_only=True), "ema": {}}, given[0])
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        trainer([CheckpointEnsemble(given[:1])]).fit(scripted())
+
+
 @pytest.mark.parametrize("members", [[], "one.ckpt", 3, [1, 2]])
 def test_members_must_be_a_policy_or_paths(members):
     with pytest.raises(MisconfigurationError, match="`members` must say which checkpoints"):
