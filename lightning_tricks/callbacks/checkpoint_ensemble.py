@@ -75,9 +75,9 @@ class CheckpointEnsemble(ScoredCallback):
         rejected: what `GreedySoup` left out: the score of the average with it, by its step or path.
 
     Raises:
-        MisconfigurationError: for a metric that validation does not log, a folder that cannot be written or that
-            another ensemble uses, running statistics under manual optimisation, or with `Cyclic` another scheduler or
-            a fit without an end.
+        MisconfigurationError: for a metric that the first validation does not log, or only some ranks do, a folder that
+            cannot be written or that another ensemble uses, running statistics under manual optimisation, or
+            with `Cyclic` another scheduler or a fit without an end.
         CheckpointError: before the fit, for given checkpoints that are damaged or do not match.
 
     Example:
@@ -258,16 +258,17 @@ class CheckpointEnsemble(ScoredCallback):
             best = tried.get((places[0],), best)
             found = tried.get(tuple(places), best)
         average = combiner.average(source, places, shares)
-        self.path = self._shelf.path("ensemble.ckpt")
+        path = self._shelf.path("ensemble.ckpt")
         chosen = [place for place, share in zip(places, shares, strict=True) if share > 0]
         if len(chosen) > 1:  # a single member has its own
             combiner.complete(average)
-        write_ensemble(combiner.trainer, self.engine, average, self.path, self._records(chosen))
+        write_ensemble(combiner.trainer, self.engine, average, path, self._records(chosen))
+        self.path = path
         if scored:
             self._publish(combiner.trainer, best, combiner.score(average) if found is None else found)
         name = self._monitor.name if self.monitors else "val/loss"
         how = outcome(name, self.results.get("ensemble", {}), self.results.get("best", {}), self.rejected)
-        self._tell(len(chosen), how, self.path)
+        self._tell(len(chosen), how, path)
 
     def _records(self, places: Sequence[int]) -> list[dict[str, Any]]:
         """What the ensemble's file says of its members, oldest first."""

@@ -29,7 +29,8 @@ class EarlyStopping(ScoredCallback):
     callback, or on one process Ctrl-C or a signal. A fit that fails keeps its last weights; the best ones are then in
     `best_path`. All ranks decide together, by the mean of their values. Before `Trainer(min_epochs, min_steps)` nothing
     is stopped, and an improvement until then lets training go on. A resumed fit keeps the best score and the count,
-    and takes the patience that it is given. A value that is not finite is never the best.
+    and takes the patience that it is given. A value that is not finite is never the best. A validation that leaves the
+    metric out is passed over, and a warning says when it was last seen.
 
     Args:
         monitor: metric to watch, as `validation_step` logs it; a `Watch` for a relative `min_delta` or a target; or a
@@ -52,8 +53,8 @@ class EarlyStopping(ScoredCallback):
         stopped_reason: why this callback stopped the fit; None if it did not.
 
     Raises:
-        MisconfigurationError: for an option out of range, a metric that validation does not log, or a folder that
-            cannot be written.
+        MisconfigurationError: for an option out of range, a metric that the first validation does not log, or only some
+            ranks do, or a folder that cannot be written.
 
     Example:
         >>> from lightning.pytorch import Trainer
