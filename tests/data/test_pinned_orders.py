@@ -1,7 +1,7 @@
 """Orders that were written down once: the same on every platform and with every version of numpy.
 
-A stored position means the same for ever. A change here needs one more of the order's `VERSION`. What goes in comes from
-whole-number arithmetic, not from numpy's random distributions, which may change.
+A stored position means the same for ever. A change here needs one more of the order's `VERSION`. What goes in comes
+from whole-number arithmetic, not from numpy's random distributions, which may change.
 """
 
 import zlib
