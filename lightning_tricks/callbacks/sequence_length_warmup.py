@@ -13,6 +13,8 @@ from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["SequenceLengthWarmup"]
 
+OFFSETS = "cu_seq"  # how the names of offsets into a packed row begin: cu_seq_lens_q, cu_seqlens
+
 
 class SequenceLengthWarmup(TrickCallback):
     """Holds the sequences of training batches to a length that grows from `start` to `end`.
@@ -21,7 +23,8 @@ class SequenceLengthWarmup(TrickCallback):
     are counted as they are cut, survive a resume, and are the same on any number of ranks. Batches are dictionaries,
     possibly nested ones. The length is logged as `sequence_length`. Validation and test see whole sequences.
 
-    By truncation, every tensor of the batch whose first two dimensions are those of `key` is cut. By filtering, the
+    By truncation, every tensor of the batch whose first two dimensions are those of `key` is cut: at its end, or at its
+    beginning where the mask says that the padding stands there. By filtering, the
     samples that are longer are left out, of every tensor and list whose first dimension is that of `key`; of a batch
     that has no other, the shortest is kept and cut, so that each rank has something to train on.
 
@@ -35,8 +38,8 @@ class SequenceLengthWarmup(TrickCallback):
         by: "truncation" or "filtering".
 
     Raises:
-        MisconfigurationError: if an option is out of range, or a batch is no dictionary with `key`, or without `mask`
-            where it is to be filtered.
+        MisconfigurationError: if an option is out of range, or a batch is no dictionary with `key`, is without `mask`
+            where it is to be filtered, has a mask of another shape, is padded at both ends, or packed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -96,13 +99,38 @@ class SequenceLengthWarmup(TrickCallback):
                 f"SequenceLengthWarmup needs batches that are dictionaries with `{self.key}` of shape (batch, length),"
                 f" got {type(batch).__name__}. Return such from `collate_fn`, or pass another `key`."
             )
-        if self.by == "filtering":
-            length = self._filter(batch, held, length)
-        _cut(batch, held[self.key].shape[:2], length)
-        self.tokens_seen += self._count(held)
+        self._refuse_packed(held)
+        columns = self._filter(batch, held, length) if self.by == "filtering" else self._columns(held, length)
+        if columns is not None:
+            _cut(batch, held[self.key].shape[:2], columns)
+        self.tokens_seen += self._count(held, two_sided=columns is None)
 
-    def _filter(self, batch: Any, held: MutableMapping[str, Any], length: int) -> int:
-        """Leave the longer samples out. Returns how many columns to keep: those that the others take up."""
+    def _refuse_packed(self, held: MutableMapping[str, Any]) -> None:
+        shape, mask = tuple(held[self.key].shape[:2]), held.get(self.mask)
+        if mask is not None and tuple(mask.shape) != shape:
+            raise MisconfigurationError(
+                f"SequenceLengthWarmup counts and cuts by a `{self.mask}` of shape {shape}, that of `{self.key}`, got"
+                f" {tuple(mask.shape)}. Rows of packed documents are full: warm up by SequencePacker's `capacity`."
+            )
+        if offsets := [name for name in held if name.startswith(OFFSETS)]:
+            raise MisconfigurationError(
+                f"SequenceLengthWarmup cannot cut a row whose documents end at `{offsets[0]}`: the offsets would lie"
+                " beyond it. Warm up by SequencePacker's `capacity`."
+            )
+
+    def _columns(self, held: MutableMapping[str, Any], length: int) -> slice | None:
+        """The columns to keep: the last ones where the padding comes first. None where it stands at both sides."""
+        if self.mask not in held or length >= held[self.key].shape[1]:
+            return slice(length)
+        real = held[self.mask] != 0
+        rows = real[real.any(1)]  # a row of padding alone has no side
+        before, after = (bool((~rows[:, side]).any()) for side in (0, -1))
+        if before and after:
+            return None
+        return slice(-length, None) if before else slice(length)
+
+    def _filter(self, batch: Any, held: MutableMapping[str, Any], length: int) -> slice | None:
+        """Leave the longer samples out. Returns which columns to keep: those that the others take up."""
         if self.mask not in held:
             raise MisconfigurationError(
                 f"`by='filtering'` goes by the lengths of samples, which `{self.mask}` says: the batch has none beside"
@@ -113,14 +141,22 @@ class SequenceLengthWarmup(TrickCallback):
         kept = (lengths <= length).nonzero().flatten()
         if not len(kept):
             _keep(batch, len(lengths), lengths.argmin()[None])
-            return length
+            return self._columns(held, length)
         _keep(batch, len(lengths), kept)
         used = real[kept].any(0).nonzero()
-        return 1 + int(used.max()) if len(used) else 1
+        return slice(1 + int(used.max()) if len(used) else 1)
 
-    def _count(self, held: MutableMapping[str, Any]) -> int:
+    def _count(self, held: MutableMapping[str, Any], *, two_sided: bool) -> int:
+        """Real tokens over all ranks, which raise together if one of them has padding at both sides."""
         real = held[self.mask].sum() if self.mask in held else torch.tensor(held[self.key].numel())
-        return int(self.engine.sum_over_ranks(real.detach().long()))
+        told = torch.stack([real.detach().long(), real.new_tensor(two_sided).long()])
+        tokens, wrong = self.engine.sum_over_ranks(told).tolist()
+        if wrong:
+            raise MisconfigurationError(
+                f"A batch's `{self.mask}` has padding before some sequences and behind others: cutting either end"
+                " would lose tokens and keep padding. Pad them all at the same side."
+            )
+        return int(tokens)
 
     def _identity(self) -> dict[str, Any]:
         return {"key": self.key}
@@ -142,11 +178,11 @@ def _mappings(batch: Any) -> Iterator[MutableMapping[str, Any]]:
             yield from _mappings(part)
 
 
-def _cut(batch: Any, shape: torch.Size, length: int) -> None:
+def _cut(batch: Any, shape: torch.Size, columns: slice) -> None:
     for entries in _mappings(batch):
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape[:2] == shape:
-                entries[name] = value[:, :length]
+                entries[name] = value[:, columns]
 
 
 def _keep(batch: Any, samples: int, kept: Tensor) -> None:

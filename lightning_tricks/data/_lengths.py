@@ -8,7 +8,7 @@ import numpy as np
 from lightning_tricks.data._plan import check_whole
 from lightning_tricks.errors import DataError, MisconfigurationError
 
-__all__ = ["TooLong", "checked_lengths", "keep_within", "padded", "refuse_uncut"]
+__all__ = ["TooLong", "check_collator", "checked_lengths", "keep_within", "padded"]
 
 TooLong = Literal["own_batch", "truncate", "drop", "error"]
 POLICIES = ("own_batch", "truncate", "drop", "error")
@@ -105,11 +105,16 @@ def _longest_padded(longest: int, pad_to: int | Sequence[int]) -> int:
     return max(fits)
 
 
-def refuse_uncut(longest: int | None, collate_fn: Any) -> None:
-    """Refuse a collator that does not cut samples to `longest` tokens; None: nothing must be cut.
+def check_collator(collate_fn: Any, longest: int | None, pad_to: int | Sequence[int] | None) -> None:
+    """Refuse a collator whose batches would not be those that the steps were cut for.
+
+    Args:
+        collate_fn: of the loader; what it says of itself by `max_length` and `pad_to` counts.
+        longest: tokens to which it must cut samples; None: nothing must be cut.
+        pad_to: what the tokens of a budget were counted with; None: there is no budget.
 
     Raises:
-        MisconfigurationError: if its `max_length` is absent or larger.
+        MisconfigurationError: if its `max_length` is absent or larger, or its `pad_to` is another.
     """
     cut = getattr(collate_fn, "max_length", None)
     if longest is not None and (cut is None or cut > longest):
@@ -117,3 +122,13 @@ def refuse_uncut(longest: int | None, collate_fn: Any) -> None:
             f"`too_long='truncate'` needs a `collate_fn` that cuts samples to {longest} tokens and says so"
             f" by its `max_length`, which is {cut}. DynamicPaddingCollator(max_length={longest}) does."
         )
+    own = getattr(collate_fn, "pad_to", None)
+    if pad_to is not None and own is not None and _shapes(own) != _shapes(pad_to):
+        raise MisconfigurationError(
+            f"The sampler counts tokens with `pad_to={pad_to!r}`, but the `collate_fn` pads with `pad_to={own!r}`:"
+            " batches would not be those of `max_tokens`. Give both the same."
+        )
+
+
+def _shapes(pad_to: int | Sequence[int]) -> list[int] | int:
+    return sorted(set(pad_to)) if isinstance(pad_to, Sequence) else pad_to

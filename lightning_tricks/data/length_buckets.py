@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_tricks.data._cutting import Cutter
 from lightning_tricks.data._fingerprint import checksum_of
-from lightning_tricks.data._lengths import TooLong, checked_lengths, keep_within, refuse_uncut
+from lightning_tricks.data._lengths import TooLong, check_collator, checked_lengths, keep_within
 from lightning_tricks.data._order import does_not_fit
 from lightning_tricks.data._plan import Plan, check_whole
 from lightning_tricks.errors import DataError, MisconfigurationError
@@ -172,13 +172,14 @@ class LengthBucketSampler:
 
         Raises:
             DataError: if the dataset has another number of samples than there are lengths.
-            MisconfigurationError: if `too_long="truncate"` and `collate_fn.max_length` is not small enough.
+            MisconfigurationError: if `too_long="truncate"` and `collate_fn.max_length` is not small enough, or
+                `max_tokens` was counted with another `pad_to`.
         """
         if samples != self.samples:
             raise DataError(
                 f"There are {self.samples} lengths, but {samples} samples. Measure the lengths of this dataset."
             )
-        refuse_uncut(self.max_length, collate_fn)
+        check_collator(collate_fn, self.max_length, self.pad_to if self.by_tokens else None)
 
     def identity(self) -> dict[str, Any]:
         """What decides the order, a checksum of the lengths and of what is not dropped among it."""

@@ -1,5 +1,6 @@
 """Several documents to a row, none of which sees another."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_tricks.data._fingerprint import fingerprint_of
 from lightning_tricks.data._lengths import checked_lengths
 from lightning_tricks.data._plan import check_whole
 from lightning_tricks.errors import DataError, MisconfigurationError
@@ -15,8 +17,14 @@ from lightning_tricks.functional.packing import pack_best_fit
 
 __all__ = ["PackedDataset", "SequencePacker"]
 
-Attention = Literal["position_ids", "cu_seqlens", "mask"]
-ATTENTIONS = ("position_ids", "cu_seqlens", "mask")
+Attention = Literal["mask", "cu_seqlens", "position_ids"]
+ATTENTIONS = ("mask", "cu_seqlens", "position_ids")
+REMEDY = {
+    "mask": "with flash attention choose 'cu_seqlens'.",
+    "cu_seqlens": "without flash attention pass it `use_cache=False`, or choose 'mask'.",
+    "position_ids": "pass it `use_cache=False`, or choose 'mask'.",
+}
+HIDDEN = torch.finfo(torch.float32).min  # added to a score; not -inf, of which some kernels make NaN
 
 
 class PackedDataset(Dataset[list[Any]]):
@@ -39,6 +47,11 @@ class PackedDataset(Dataset[list[Any]]):
     def __len__(self) -> int:
         return len(self._stops)
 
+    def fingerprint(self) -> str:
+        """A checksum of which documents share a row, and the documents' own fingerprint where they have one."""
+        packing = zlib.crc32(self._stops.tobytes(), zlib.crc32(self._order.tobytes()))
+        return f"{packing:08x} of {fingerprint_of(self.dataset)}"
+
     def __getitem__(self, index: int) -> list[Any]:
         stop = int(self._stops[index])
         start = int(self._stops[index - 1]) if index else 0
@@ -48,12 +61,22 @@ class PackedDataset(Dataset[list[Any]]):
 class SequencePacker:
     """Packs documents into rows of `capacity` tokens, and collates such rows so that attention stays in a document.
 
+    The model is told where documents end in one of three ways. One that it does not follow trains on in silence, with
+    tokens that see other documents: `check_isolation` finds that out.
+
+    - `"mask"`: an fp32 mask of shape (batch, 1, capacity, capacity) to be added to the scores, 0 or the least number.
+      transformers' models take it with SDPA and eager attention, torch's `scaled_dot_product_attention` as `attn_mask`.
+    - `"cu_seqlens"`: the offsets that variable-length kernels take, such as flash attention's, by the names that
+      transformers gives them; all documents in one row, without padding.
+    - `"position_ids"`: nothing but positions that start anew in each document; all rows in one, of shape (1, batch *
+      capacity), for with more than one transformers' flash attention does not look at positions.
+
+    Without flash attention, transformers' causal models understand the last two by their positions, and only with
+    `use_cache=False` (or gradient checkpointing); they then make a mask of all rows' tokens squared.
+
     Args:
         capacity: tokens to a row, 1 or more.
-        attention: how the model is told where documents end: `"position_ids"`, which start anew in each (transformers
-            with flash attention, or with SDPA from 4.53 on, understand that); `"cu_seqlens"`, the offsets that
-            variable-length kernels take, with all rows in one; or `"mask"`, a boolean mask of shape (batch, 1,
-            capacity, capacity), which every model with a 4-D mask takes.
+        attention: how the model is told where documents end.
         causal: whether a token sees only those before it. Then labels are the tokens themselves unless samples have
             some, and the first of each document is no target: it would be predicted from another document.
         pad_id: the token that fills a row up; padding is a document of its own.
@@ -68,13 +91,15 @@ class SequencePacker:
         >>> batch = packer([rows[0]])
         >>> batch["input_ids"].tolist(), batch["position_ids"].tolist(), batch["labels"].tolist()
         ([[7, 8, 9, 4]], [[0, 1, 2, 0]], [[-100, 8, 9, -100]])
+        >>> (batch["attention_mask"] == 0)[0, 0].int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
     """
 
     def __init__(
         self,
         capacity: int,
         *,
-        attention: Attention = "position_ids",
+        attention: Attention = "mask",
         causal: bool = True,
         pad_id: int = 0,
         ignore_index: int = -100,
@@ -115,9 +140,9 @@ class SequencePacker:
             return self._flat([document for row in rows for document in row])
         parts = [self._row(row) for row in rows]
         batch: dict[str, Any] = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
-        if self.attention == "mask":
-            batch["attention_mask"] = self._mask(batch["position_ids"])
-        return batch
+        if self.attention == "position_ids":
+            return {key: part.view(1, -1) for key, part in batch.items()}
+        return {**batch, "attention_mask": self._mask(batch["position_ids"])}
 
     def _row(self, row: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         parts = self._documents(row)
@@ -153,7 +178,9 @@ class SequencePacker:
     def _mask(self, positions: Tensor) -> Tensor:
         documents = _documents_of(positions)
         same = documents[:, None, :, None] == documents[:, None, None, :]
-        return same.tril() if self.causal else same
+        seen = same.tril() if self.causal else same
+        # Not a boolean one: eager attention would add it to the scores, which hides nothing.
+        return torch.zeros(seen.shape).masked_fill(~seen, HIDDEN)
 
     def check_isolation(self, model: Callable[..., Any], batch: Mapping[str, Any], *, tolerance: float = 1e-4) -> None:
         """See that in this batch no token's output depends on another document, by changing documents.
@@ -185,7 +212,8 @@ class SequencePacker:
             row, token = divmod(int(moved.argmax()), moved.shape[1])
             raise MisconfigurationError(
                 f"Token {token} of row {row} sees another document: its output moved by {float(moved.max()):.2g} when"
-                f" only others were changed. The model does not follow `attention={self.attention!r}`; try 'mask'."
+                f" only others were changed. The model does not follow `attention={self.attention!r}`;"
+                f" {REMEDY[self.attention]}"
             )
 
 

@@ -1,10 +1,13 @@
 """What a loader's batches hold: how much is padding, how evenly ranks share the work, how large steps are."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from lightning_tricks.data._lengths import checked_lengths, padded
@@ -103,7 +106,7 @@ def report(
     length: str | Callable[[Any], int] = "input_ids",
     ranks: int | None = None,
 ) -> DataReport:
-    """What the batches of the loader's present epoch hold. Loads no batch.
+    """What the batches of the loader's present epoch hold. Loads no batch, and draws no random number for good.
 
     Args:
         loader: a `TricksDataLoader`, or torch's own with a dataset that has a size, which counts as one rank's.
@@ -126,7 +129,8 @@ def report(
         raise MisconfigurationError(f"There is no report on a {type(loader).__name__}: give a DataLoader.")
     found = _lengths_of(loader, lengths, length)
     world = ranks or (ranks_here()[1] if isinstance(loader, TricksDataLoader) else 1)
-    steps = list(_steps(loader, world))
+    with _random_numbers_kept(loader):
+        steps = list(_steps(loader, world))
     pad_to = getattr(getattr(loader, "order", None), "pad_to", 1)
     counts = np.array([[len(part) for part in step] for step in steps])
     longest = np.array([[found[part].max() for part in step] for step in steps], np.int32)
@@ -157,3 +161,18 @@ def _steps(loader: Any, world: int) -> Iterator[list[np.ndarray]]:
         return
     for batch in loader.batch_sampler or [[index] for index in loader.sampler]:
         yield [np.asarray(batch)]
+
+
+@contextlib.contextmanager
+def _random_numbers_kept(loader: Any) -> Iterator[None]:
+    """Leave the random numbers as they were: torch's samplers draw from the global ones, or from a generator."""
+    parts = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    found = [getattr(part, "generator", None) for part in (*parts, getattr(parts[2], "sampler", None))]
+    generators = [generator for generator in found if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        with isolate_rng(include_cuda=False):
+            yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

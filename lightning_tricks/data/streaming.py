@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_tricks.data._fingerprint import checksum_of
-from lightning_tricks.data._lengths import TooLong, checked_lengths, keep_within, refuse_uncut
+from lightning_tricks.data._lengths import TooLong, check_collator, checked_lengths, keep_within
 from lightning_tricks.data._order import does_not_fit, plain_steps
 from lightning_tricks.data._plan import check_whole
 from lightning_tricks.data._stream_cuts import always_enough, cut_ranks
@@ -198,13 +198,14 @@ class StreamingSampler:
 
         Raises:
             DataError: if the source has another number of rows.
-            MisconfigurationError: if `too_long="truncate"` and `collate_fn.max_length` is not small enough.
+            MisconfigurationError: if `too_long="truncate"` and `collate_fn.max_length` is not small enough, or
+                `max_tokens` was counted with another `pad_to`.
         """
         if samples != self.samples:
             raise DataError(
                 f"The sampler's source has {self.samples} rows, the loader's dataset {samples}. Give both the same."
             )
-        refuse_uncut(self.max_length, collate_fn)
+        check_collator(collate_fn, self.max_length, self.pad_to if self.by_tokens else None)
 
     def identity(self) -> dict[str, Any]:
         """What decides the order."""

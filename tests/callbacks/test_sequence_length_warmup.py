@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_tricks.callbacks import SequenceLengthWarmup
-from lightning_tricks.data import DynamicPaddingCollator, TricksDataLoader
+from lightning_tricks.data import DynamicPaddingCollator, SequencePacker, TricksDataLoader
 from lightning_tricks.errors import MisconfigurationError
 from tests.trainers import quiet_trainer
 
@@ -116,22 +116,63 @@ def test_filtering_leaves_each_sample_with_what_is_its_own(tmp_path):
         "weights": torch.ones(2),
         "temperature": torch.tensor(3.0),
     }
-    taken = []
-
-    class Take(Spy):
-        def training_step(self, batch):
-            taken.append(batch)
-            return self.layer(torch.ones(1, 1)).mean()
-
-    data = TricksDataLoader([0], batch_size=1, shuffle=False, seed=0, collate_fn=lambda _: batch)
-    warmup = SequenceLengthWarmup(3, 40, tokens=1000, by="filtering")
-    quiet_trainer(tmp_path, [warmup], max_epochs=1, limit_val_batches=0).fit(Take(), data)
-    (found,) = taken
+    found, warmup = taken(tmp_path, batch, by="filtering")
     assert found["text"]["input_ids"].tolist() == [[0, 0, 7, 7], [0, 0, 0, 9]]
     assert found["y"].tolist() == [7, 9]
     assert found["name"] == ["seven", "nine"]
     assert found["weights"].tolist() == [1, 1]
     assert warmup.tokens_seen == 3
+
+
+class Take(Spy):
+    """Keeps the batches as they come."""
+
+    def training_step(self, batch):
+        self.seen.append(batch)
+        return self.layer(torch.ones(1, 1)).mean()
+
+
+def taken(tmp_path, batch, **options):
+    """What a module gets of one batch, and the warm-up."""
+    module, warmup = Take(), SequenceLengthWarmup(3, 40, tokens=1000, **options)
+    data = TricksDataLoader([0], batch_size=1, shuffle=False, seed=0, collate_fn=lambda _: batch)
+    quiet_trainer(tmp_path, [warmup], max_epochs=1, limit_val_batches=0).fit(module, data)
+    return module.seen[0], warmup
+
+
+@pytest.mark.parametrize("by", ["truncation", "filtering"])
+def test_padding_at_the_left_is_what_goes(tmp_path, by):
+    """By filtering, the shorter row is kept, and cut."""
+    rows = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 6, 7, 8, 9]])
+    batch, warmup = taken(tmp_path, {"input_ids": rows, "attention_mask": (rows > 0).long(), "y": rows + 1}, by=by)
+    assert batch["input_ids"].tolist() == [[3, 4, 5], [7, 8, 9]][-1 if by == "filtering" else 0 :]
+    assert torch.equal(batch["y"], batch["input_ids"] + 1)
+    assert batch["attention_mask"].all()
+    assert warmup.tokens_seen == batch["input_ids"].numel()
+
+
+def test_rows_of_padding_alone_have_no_side(tmp_path):
+    rows = torch.tensor([[1, 2, 3, 4, 0], [0, 0, 0, 0, 0]])
+    batch, warmup = taken(tmp_path, {"input_ids": rows, "attention_mask": (rows > 0).long()})
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 0, 0]]
+    assert warmup.tokens_seen == 3
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [("mask", r"`attention_mask` of shape \(1, 8\), .* got \(1, 1, 8, 8\)"), ("cu_seqlens", "end at `cu_seq_lens_q`")],
+)
+def test_packed_rows_are_refused(tmp_path, attention, message):
+    packer = SequencePacker(8, attention=attention)
+    batch = packer([[{"input_ids": [1, 2, 3, 4, 5]}, {"input_ids": [6, 7]}]])
+    with pytest.raises(MisconfigurationError, match=message):
+        taken(tmp_path, batch)
+
+
+def test_padding_at_both_sides_is_refused(tmp_path):
+    rows = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])
+    with pytest.raises(MisconfigurationError, match="padding before some sequences and behind others"):
+        taken(tmp_path, {"input_ids": rows, "attention_mask": (rows > 0).long()})
 
 
 def test_filtering_needs_a_mask(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_tricks.data import ClassBalancedSampler, LengthBucketSampler, TricksDataLoader
 from lightning_tricks.errors import DataError, DegradedWarning, MisconfigurationError
-from lightning_tricks.mixins import ClassWeightedLossMixin
+from lightning_tricks.mixins import ClassWeightedLossMixin, EffectiveNumber, LogitAdjusted
 from tests.trainers import quiet_trainer
 
 LABELS = np.repeat([0, 1, 2], [70, 25, 5])
@@ -176,6 +176,13 @@ def test_a_loss_that_balances_as_well_is_told(tmp_path):
     loader = TricksDataLoader(torch.arange(100), sampler=ClassBalancedSampler(LABELS))
     with pytest.warns(DegradedWarning, match="ClassBalancedSampler"):
         quiet_trainer(tmp_path, max_epochs=1).fit(Both(), loader)
+    by_its_loss = Both()
+    by_its_loss.weigh_classes([70, 25, 5], EffectiveNumber(0.0), loss=LogitAdjusted())
+    with pytest.warns(DegradedWarning, match="ClassBalancedSampler"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(by_its_loss, loader)
+    even = Both()
+    even.weigh_classes([70, 25, 5], EffectiveNumber(0.0))
+    quiet_trainer(tmp_path, max_epochs=1).fit(even, loader)
 
 
 def test_dropped_samples_are_not_drawn():

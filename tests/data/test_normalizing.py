@@ -79,6 +79,22 @@ def test_a_far_mean_loses_no_precision():
     assert found.mean(0).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", PEERS)
+def test_times_in_seconds(kind):
+    """Near 1.7e9, where fp32 knows only every 128th second."""
+    data = torch.randn(5000, 1, generator=GENERATOR, dtype=torch.float64) * 60 + 1.7e9
+    expected = torch.from_numpy(preprocessing.RobustScaler().fit_transform(data.numpy()))
+    normalizer = FeatureNormalizer(1, kind=kind).fit(data.split(100))
+    found = normalizer(data)
+    assert torch.allclose(normalizer.inverse(found), data, rtol=0, atol=1)
+    if kind == "robust":
+        assert (found - expected).abs().max() < 0.05
+    if kind in ("standard", "power"):
+        assert found.mean().abs() < 0.02
+        assert abs(found.std() - 1) < 0.02
+    assert (found.flatten()[data.flatten().argsort()].diff() > -1e-6).all()
+
+
 def test_statistics_survive_a_checkpoint_and_a_cast():
     data = rows()
     fitted = FeatureNormalizer(3, kind="power").fit([data])

@@ -70,6 +70,25 @@ def test_outputs_are_those_of_the_documents_alone(attention):
     assert seen == len(DOCUMENTS)
 
 
+def test_the_fingerprint_is_of_the_documents_and_of_their_places():
+    class Known(list):
+        def fingerprint(self):
+            return "7 documents"
+
+    def loader(documents, capacity=8, lengths=LENGTHS):
+        rows = SequencePacker(capacity).pack(documents, lengths)
+        return TricksDataLoader(rows, batch_size=1, shuffle=False, seed=0, collate_fn=SequencePacker(capacity))
+
+    one = loader(DOCUMENTS)
+    next(iter(one))
+    loader(DOCUMENTS).load_state_dict(one.state_dict())
+    other = [5, 2, 7, 3, 1, 3, 6]  # as many rows
+    assert len(loader(DOCUMENTS, lengths=other)) == len(one)
+    for changed in (loader(DOCUMENTS, lengths=other), loader(Known(DOCUMENTS))):
+        with pytest.raises(MisconfigurationError, match=r"with fingerprint of the data=.*, but now fingerprint"):
+            changed.load_state_dict(one.state_dict())
+
+
 @pytest.mark.parametrize("attention", ["mask", "cu_seqlens", "position_ids"])
 def test_a_model_that_does_not_follow_is_found_out(attention):
     packer, batch = batch_of(attention)
@@ -79,6 +98,7 @@ def test_a_model_that_does_not_follow_is_found_out(attention):
 
 def test_no_target_is_predicted_from_another_document():
     _, batch = batch_of("position_ids")
+    assert batch["input_ids"].shape == (1, 4 * 8)
     first = batch["position_ids"] == 0
     assert (batch["labels"][first] == -100).all()
     real = (batch["input_ids"] > 0) & ~first
@@ -94,6 +114,7 @@ def test_labels_of_tokens_and_both_directions():
     real = batch["input_ids"] > 0
     assert torch.equal(batch["labels"][real], batch["input_ids"][real] + 100)
     assert torch.equal(batch["attention_mask"], batch["attention_mask"].transpose(-1, -2))
+    assert batch["attention_mask"].shape == (2, 1, 8, 8)
     assert "labels" not in SequencePacker(8, causal=False)([[DOCUMENTS[0]]])
 
 
@@ -104,7 +125,7 @@ def test_bad_input():
         SequencePacker(8).pack(DOCUMENTS, LENGTHS[:-1])
     with pytest.raises(DataError, match="A row holds 4 tokens more than `capacity=8`: measure"):
         SequencePacker(8)([[DOCUMENTS[0], DOCUMENTS[2]]])
-    with pytest.raises(MisconfigurationError, match="`attention` must be one of position_ids"):
+    with pytest.raises(MisconfigurationError, match="`attention` must be one of mask, cu_seqlens, position_ids"):
         SequencePacker(8, attention="flash")
     with pytest.raises(MisconfigurationError, match="`capacity` must be"):
         SequencePacker(0)

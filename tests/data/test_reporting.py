@@ -66,6 +66,25 @@ def test_of_other_loaders():
     assert report(TricksDataLoader(DATA, sampler=ClassBalancedSampler(labels))).lengths.sum() > 0
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_report_leaves_the_random_numbers_alone(own):
+    """The next epoch is the one that would have come, and that is the one reported on."""
+
+    def loader():
+        generator = torch.Generator().manual_seed(3) if own else None
+        return DataLoader(DATA, batch_size=8, shuffle=True, collate_fn=list, generator=generator)
+
+    torch.manual_seed(7)
+    expected = [[len(sample["input_ids"]) for sample in batch] for batch in loader()]
+    torch.manual_seed(7)
+    reported = loader()
+    before = torch.get_rng_state()
+    found = report(reported)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [[len(sample["input_ids"]) for sample in batch] for batch in reported] == expected
+    assert sorted(found.lengths.tolist()) == sorted(LENGTHS.tolist())
+
+
 def test_plot():
     pytest.importorskip("matplotlib")
     figure, axes = report(loaded(None, LengthBucketSampler(LENGTHS))).plot()

@@ -59,6 +59,16 @@ def test_merged_as_one():
     assert rank_errors(first, values).max() < 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_times_in_seconds_stay_apart(dtype):
+    """fp32 knows only every 128th of them."""
+    values = 1_700_000_000 + torch.randint(0, 3600, (5000,), generator=GENERATOR)
+    parts = [sketch_of(part.to(dtype)) for part in values.split(2500)]
+    parts[0].merge(parts[1])
+    assert rank_errors(parts[0], values).max() < 0.01
+    assert len(parts[0].quantiles(np.linspace(0, 1, 200).tolist()).unique()) > 150
+
+
 def test_resumed_bit_for_bit():
     values = STREAMS["log-normal"][:20_000]
     whole, resumed = sketch_of(values), QuantileSketch()
