@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-__all__ = ["checksum_of", "content_of", "fingerprint_of"]
+__all__ = ["checksum_of", "fingerprint_of", "own_fingerprint"]
 
 PROBES = 8  # samples by which a dataset that has no fingerprint is told from another one
 
@@ -26,14 +26,14 @@ def checksum_of(costs: np.ndarray, kept: np.ndarray | None) -> str:
     return f"{found if kept is None else zlib.crc32(np.ascontiguousarray(kept).data, found):08x}"
 
 
-def fingerprint_of(dataset: Any) -> str | None:
-    """The dataset's own fingerprint: its method `fingerprint()`, or what Hugging Face's datasets keep; None without.
+def own_fingerprint(dataset: Any) -> str | None:
+    """The dataset's own: its method `fingerprint()`, or what Hugging Face's datasets keep; None without one.
 
     Example:
         >>> class Data:
         ...     def fingerprint(self):
         ...         return "3 files, 41 bytes"
-        >>> fingerprint_of(Data()), fingerprint_of([1, 2])
+        >>> own_fingerprint(Data()), own_fingerprint([1, 2])
         ('3 files, 41 bytes', None)
     """
     own = getattr(dataset, "fingerprint", None)
@@ -43,18 +43,17 @@ def fingerprint_of(dataset: Any) -> str | None:
     return kept if isinstance(kept, str) else None
 
 
-def content_of(dataset: Any) -> str | None:
-    """The dataset's own fingerprint, or else one of a few samples.
+def fingerprint_of(dataset: Any) -> str | None:
+    """The dataset's own; else, of a few samples.
 
     Samples are read twice, and the random numbers left as they were. None if a sample cannot be read here, or comes
     another time as another one.
 
     Example:
-        >>> content_of([1, 2])
+        >>> fingerprint_of([1, 2])
         'samples 618d0388'
     """
-    own = fingerprint_of(dataset)
-    return _probed(dataset) if own is None else own
+    return own_fingerprint(dataset) or _probed(dataset)
 
 
 def _probed(dataset: Any) -> str | None:

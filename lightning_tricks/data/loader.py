@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_tricks.data._fingerprint import content_of
+from lightning_tricks.data._fingerprint import fingerprint_of
 from lightning_tricks.data._loading import Changing, check_loading, loading_of
 from lightning_tricks.data._order import PlainOrder
 from lightning_tricks.data._plan import RankBatches, Segment, StepOrder, check_whole, continued
@@ -208,7 +208,7 @@ class TricksDataLoader:
     @cached_property
     def _fingerprint(self) -> str | None:
         """Had when a position is first stored or restored: it may read some samples."""
-        return content_of(self.dataset)
+        return fingerprint_of(self.dataset)
 
     def _refuse_another_order(self, state: dict[str, Any]) -> None:
         here = self._identity()

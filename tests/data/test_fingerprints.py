@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_tricks.data import TricksDataLoader
-from lightning_tricks.data._fingerprint import content_of
+from lightning_tricks.data._fingerprint import fingerprint_of
 from lightning_tricks.errors import MisconfigurationError
 
 
@@ -23,20 +23,20 @@ def sample(kind, value):
 @pytest.mark.parametrize("kind", ["tensor", "view", "array", "nested", "text", "number"])
 def test_other_samples_are_told_apart(kind):
     one, same, other = ([sample(kind, shift + index) for index in range(40)] for shift in (0, 0, 1))
-    assert content_of(one) == content_of(same) is not None
-    assert content_of(one) != content_of(other)
+    assert fingerprint_of(one) == fingerprint_of(same) is not None
+    assert fingerprint_of(one) != fingerprint_of(other)
 
 
 def test_another_order_and_another_end_are_told_apart():
     rows = list(range(40))
-    assert len({content_of(each) for each in (rows, rows[::-1], rows[:-1], [*rows[:-1], 0])}) == 4
+    assert len({fingerprint_of(each) for each in (rows, rows[::-1], rows[:-1], [*rows[:-1], 0])}) == 4
 
 
 def test_what_holds_no_numbers_is_known_by_its_type():
     class Image:
         pass
 
-    assert content_of([Image()]) == content_of([Image()]) != content_of([object()])
+    assert fingerprint_of([Image()]) == fingerprint_of([Image()]) != fingerprint_of([object()])
 
 
 def test_random_samples_and_unreadable_ones_have_none():
@@ -50,9 +50,9 @@ def test_random_samples_and_unreadable_ones_have_none():
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    assert content_of(Random([1])) is None
+    assert fingerprint_of(Random([1])) is None
     assert torch.equal(torch.get_rng_state(), before)
-    assert content_of(Unreadable([1])) is None
+    assert fingerprint_of(Unreadable([1])) is None
 
 
 def test_a_changed_plain_dataset_is_refused_in_mid_epoch():
