@@ -26,6 +26,7 @@ from lightning_tricks.callbacks._interception import intercept, marked
 from lightning_tricks.callbacks._lending import Buffers, Lender
 from lightning_tricks.callbacks._statistics import AveragedStatistics, placed
 from lightning_tricks.engines import Trick
+from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["WeightAveraging"]
 
@@ -54,7 +55,8 @@ class WeightAveraging(TrickCallback):
         updates: how many weights the average has taken in.
 
     Raises:
-        MisconfigurationError: for an option out of range, or a purpose that two instances have.
+        MisconfigurationError: for an option out of range, or a purpose that two instances have; for the test of a
+            full checkpoint whose average has another `policy` or `update_every`.
         UnsupportedError: under ZeRO-3 that swaps to NVMe.
 
     Example:
@@ -218,6 +220,29 @@ class WeightAveraging(TrickCallback):
         readers, state = Average.find(self.engine, checkpoint, self.state_key), checkpoint["callbacks"]
         self._found = (readers, dict(state[self.state_key])) if readers else None
         self._delivered = False
+        if self.state_key not in state:
+            self._miss(trainer, checkpoint)
+
+    def _miss(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Say what happens if the average in a checkpoint is one of other options."""
+        ours = {callback.state_key for callback in vars(trainer)["callbacks"]}
+        name = type(self).__name__
+        others = [key for key in checkpoint["callbacks"] if key.startswith(f"{name}{{") and key not in ours]
+        others = [key for key in others if Average.find(self.engine, checkpoint, key)]
+        if not others:
+            return
+        told = f"{name}: the checkpoint holds the average of `{others[0]}`, and this one is `{self.state_key}`."
+        if self._stage == "fit":
+            rank_zero_warn(
+                f"{told} The fit goes on from the raw weights, that average is left, and a new one begins. Give the"
+                " options of the checkpoint to go on with its average."
+            )
+        elif "test" in self.use_for:
+            raise MisconfigurationError(
+                f"{told} Without it the raw weights would be evaluated."
+                f" Give the options of the checkpoint; to evaluate the raw weights, take {name} out or leave `test`"
+                " out of `use_for`."
+            )
 
     # -- state -------------------------------------------------------------------------------------------------
 

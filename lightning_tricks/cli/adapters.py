@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lightning_tricks.engines import Stored, open_checkpoint, write_checkpoint
+from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.mixins._adapter_folder import read_folder
 from lightning_tricks.mixins._merge_folder import merge_folder
 
@@ -18,8 +19,8 @@ def adapters(arguments: list[str]) -> int:
     """Work on adapter folders, as `peft` and `save_adapter` write them.
 
     Args:
-        arguments: `list FOLDER ...`, `merge FOLDER BASE OUT`, `export CHECKPOINT FOLDER`, or
-            `import FOLDER CHECKPOINT OUT`.
+        arguments: `list FOLDER ...`, `merge FOLDER BASE OUT`, `export CHECKPOINT FOLDER [--name NAME]`, or
+            `import FOLDER CHECKPOINT OUT [--name NAME]`.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
@@ -36,13 +37,19 @@ def adapters(arguments: list[str]) -> int:
     verb = verbs.add_parser("export", help="the adapter in the checkpoint of a TextClassifier, as a folder")
     verb.add_argument("checkpoint", type=Path)
     verb.add_argument("folder", type=Path)
+    _add_name(verb)
     verb = verbs.add_parser("import", help="the checkpoint of a TextClassifier with the adapter of a folder in it")
     verb.add_argument("folder", type=Path)
     verb.add_argument("checkpoint", type=Path)
     verb.add_argument("out", type=Path, help="the .ckpt file to write")
+    _add_name(verb)
     chosen = parser.parse_args(arguments)
     {"list": _list, "merge": _merge, "export": _export, "import": _import}[chosen.verb](chosen)
     return 0
+
+
+def _add_name(verb: ArgumentParser) -> None:
+    verb.add_argument("--name", default="default", help="which of the classifier's adapters (default: %(default)s)")
 
 
 def _list(chosen: Any) -> None:
@@ -63,13 +70,18 @@ def _merge(chosen: Any) -> None:
 
 def _export(chosen: Any) -> None:
     _, model = _trained(chosen.checkpoint)
-    model.save_adapter(chosen.folder)
+    model.save_adapter(chosen.folder, name=chosen.name)
     _say(f"Wrote `{chosen.folder}`. The head stays in the checkpoint: it is no part of the encoder's adapter.")
 
 
 def _import(chosen: Any) -> None:
     stored, model = _trained(chosen.checkpoint)
-    model.load_adapter(chosen.folder, module=model.encoder)
+    if chosen.name not in model.adapter_names:
+        raise MisconfigurationError(
+            f"the classifier of {chosen.checkpoint} has no adapter {chosen.name!r}: there are "
+            f"{', '.join(model.adapter_names) or 'none'}. Name one of them, or load the folder in Python."
+        )
+    model.load_adapter(chosen.folder, module=model.encoder, name=chosen.name)
     state = model.state_dict()
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     write_checkpoint(chosen.out, layout, state.items(), stored.rest)

@@ -1,12 +1,15 @@
 """`average`: the mean of checkpoints of any engine."""
 
 from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from rich.console import Console
 
 from lightning_tricks.engines import open_checkpoint
+from lightning_tricks.errors import CheckpointError
 from lightning_tricks.inference import average_checkpoints
 
 __all__ = ["average", "module_for"]
@@ -43,7 +46,7 @@ def average(arguments: list[str]) -> int:
         weights=chosen.weights,
         ignore=chosen.ignore,
         skip_bad=chosen.skip_bad,
-        module=module_for(chosen.checkpoints[0]),
+        module=module_for(chosen.checkpoints),
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     for path, reason in done.skipped.items():
@@ -52,10 +55,27 @@ def average(arguments: list[str]) -> int:
     return 0
 
 
-def module_for(path: Path) -> LightningModule | None:
-    """What the adapters in a checkpoint are merged into: a new TextClassifier; None if there are none, or of others."""
+def module_for(paths: Sequence[Path]) -> LightningModule | None:
+    """What the adapters in checkpoints are merged into: a new TextClassifier; None if there are none, or of others.
+
+    Args:
+        paths: the checkpoints. It is built as the first one says that can be opened; those that cannot are for
+            `average_checkpoints` to refuse or to leave out.
+    """
+    for path in paths:
+        try:
+            stored = open_checkpoint(path)
+        except CheckpointError:
+            continue
+        adapted = any(name.endswith(".lora_A") for name in stored.weights)
+        return _classifier(stored.rest, path) if adapted and "hyper_parameters" in stored.rest else None
+    return None
+
+
+def _classifier(rest: Mapping[str, Any], path: Path) -> LightningModule | None:
     from lightning_tricks.cli.prediction import build_classifier
 
-    stored = open_checkpoint(path)
-    adapted = any(name.endswith(".lora_A") for name in stored.weights)
-    return build_classifier(stored.rest, path) if adapted and "hyper_parameters" in stored.rest else None
+    try:
+        return build_classifier(rest, path)
+    except (CheckpointError, ImportError, AttributeError):  # of another kind, or of a class that cannot be found here
+        return None

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_tricks.cli.checks import check_folder
+from lightning_tricks.cli.named_files import fingerprint_of_files
 from lightning_tricks.cli.training import TricksCLI
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.storage._atomic import atomic_file
@@ -21,6 +22,16 @@ from lightning_tricks.storage._atomic import atomic_file
 __all__ = ["cross_validate", "spread"]
 
 ASKED, RESULT = "asked.json", "result.json"
+
+
+class ParsedCLI(TricksCLI):
+    """Reads what a configuration says, and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
 
 
 class FoldCLI(TricksCLI):
@@ -59,14 +70,15 @@ class FoldCLI(TricksCLI):
 def cross_validate(arguments: list[str]) -> int:
     """Fit on all folds but one, validate on that one, and so on for each; print and write a table.
 
-    A fold that is finished is not run again, and one that was interrupted goes on from its newest checkpoint.
+    A fold that is finished is not run again, and one that was interrupted goes on from its newest checkpoint; with
+    other options, another configuration, or other content in the files that model and data name, neither.
 
     Args:
         arguments: `--folds`, `--out`, and LightningCLI's options for `fit`: `--config`.
 
     Raises:
         MisconfigurationError: for an option out of range, data without the option `fold`, or an `--out` that holds
-            folds of other options.
+            folds of other options or data.
     """
     parser = ArgumentParser(
         "lightning-tricks cross-validate",
@@ -120,19 +132,21 @@ def _finished(path: Path, asked: str) -> dict[str, float] | None:
     for found in (path.with_name(ASKED), path):
         if found.exists() and json.loads(found.read_text())["asked"] != asked:
             raise MisconfigurationError(
-                f"`{path.parent}` holds a fold of other options or another configuration: give another --out, or"
-                " remove it."
+                f"`{path.parent}` holds a fold of other options, another configuration or other data: give another"
+                " --out, or remove it."
             )
     return json.loads(path.read_text())["scores"] if path.exists() else None
 
 
 def _fingerprint(folds: int, rest: Sequence[str]) -> str:
-    """Of the options and of what is in the files that they name."""
+    """Of the options, of the configurations that they name, and of the files that those name for model and data."""
     digest = hashlib.sha256(repr((folds, list(rest))).encode())
     for argument in rest:
         path = Path(argument.partition("=")[2] or argument)
         if path.suffix in (".yaml", ".yml") and path.is_file():
             digest.update(path.read_bytes())
+    said = ParsedCLI(["fit", *rest]).config["fit"].as_dict()
+    digest.update(fingerprint_of_files(said["model"], said["data"]).encode())
     return digest.hexdigest()
 
 

@@ -26,7 +26,8 @@ def soup(arguments: list[str]) -> int:
     """Average checkpoints greedily by what they score on the validation split of a configuration.
 
     Args:
-        arguments: the checkpoints, `--out`, `--monitor`, `--mode`, `--ignore`, and LightningCLI's options: `--config`.
+        arguments: the checkpoints, `--out`, `--monitor`, `--mode`, `--ignore`, `--skip-bad`, and LightningCLI's
+            options: `--config`.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it, before anything is scored.
@@ -44,6 +45,7 @@ def soup(arguments: list[str]) -> int:
         "--mode", choices=("auto", "min", "max"), default="auto", help="which is better (from its name)"
     )
     parser.add_argument("--ignore", nargs="+", default=[], help="hyper-parameters that may differ, such as `name`")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what is damaged or does not match")
     chosen, rest = parser.parse_known_args(arguments)
     mode = infer_mode(chosen.monitor) if chosen.mode == "auto" else chosen.mode
     if mode is None:
@@ -56,10 +58,13 @@ def soup(arguments: list[str]) -> int:
         _scorer(built, chosen.monitor),
         chosen.out,
         mode=mode,
+        skip_bad=chosen.skip_bad,
         ignore=chosen.ignore,
         module=built.model,
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    for path, reason in done.skipped.items():
+        console.print(f"Left out `{path}`: {reason}")
     for path, reason in done.rejected.items():
         console.print(f"Left out `{path}` (itself {done.scores[path]:.4f}): {reason}.")
     best = done.scores[done.members[0]]

@@ -75,7 +75,7 @@ class PlainOrder:
             order = order[: wanted * size]
         count = len(order)
         if wanted < 1 or count < wanted * world or count - wanted * size >= world:
-            raise MisconfigurationError(does_not_fit(count, wanted, world))
+            raise MisconfigurationError(does_not_fit(count, wanted, world, resumed=samples is not None))
         bounds = np.append(np.arange(wanted) * size, count)
         if bounds[-1] - bounds[-2] < world:  # too few for steps of full size: all take fewer
             bounds = np.arange(wanted + 1) * count // wanted
@@ -112,8 +112,13 @@ def plain_steps(samples: int, world: int, batch_size: int, drop_last: bool) -> i
     return full
 
 
-def does_not_fit(samples: int, steps: int, world: int) -> str:
-    """What to do when an epoch cannot go on from its middle on these ranks."""
+def does_not_fit(samples: int, steps: int, world: int, *, resumed: bool) -> str:
+    """What to do when samples cannot be had in so many steps: all of an epoch, or those left after an interruption."""
+    if not resumed:
+        return (
+            f"{samples} samples cannot be had in {steps} steps on {world} device(s). Ask for another number of steps,"
+            " or leave it to the sampler."
+        )
     return (
         f"The checkpoint stands in the middle of an epoch: the {samples} samples left cannot be had in the {steps}"
         f" steps that are left on {world} device(s), and Lightning counts on that number. Resume from a checkpoint of"

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lightning_tricks.data._stream_cuts import batches_of
 from lightning_tricks.data._stream_rows import RankRows
-from lightning_tricks.functional.batching import cut_steps, shuffled_indices, split_steps
+from lightning_tricks.functional.batching import share_out, shuffled_indices
 
-__all__ = ["Pools", "StreamPlan", "fixed_pools", "pools_within", "spread"]
+__all__ = ["Pools", "StreamPlan", "fixed_pools", "pools_within"]
+
+WHOLE = 1 << 20  # of a rank's cost: time goes in parts of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,7 @@ class StreamPlan:
         return batches
 
     def _made(self, pool: int, rank: int) -> list[np.ndarray]:
-        """A pool's batches in the order of training, which is that of all ranks: in a step they are about as long."""
+        """A pool's batches in the order of training: in a step, ranks' are about as long, or cost the same."""
         rows = self._ranks[rank].take(*self._pools.bounds[rank, pool : pool + 2].tolist())
         count = int(self._pools.steps[pool])
         if self._costs is not None:
@@ -89,17 +92,19 @@ class StreamPlan:
             sizes = np.diff(self._pools.batch_bounds[rank, last - count : last + 1])
         else:
             sizes = self._split(rows, count)
-        batches = np.split(rows, np.cumsum(sizes)[:-1])
+        stops = np.cumsum(sizes)
+        batches = np.split(rows, stops[:-1])
+        if self._pools.batch_bounds is None and self._costs is not None:  # the dearest of all ranks in the same step
+            dear = sizes * self._costs[rows[stops - sizes]].astype(np.int64)
+            batches = [batches[at] for at in np.argsort(-dear, kind="stable").tolist()]
         if self._seed is None or self._costs is None:
             return batches
         return [batches[at] for at in shuffled_indices(count, (*self._seed, pool, count)).tolist()]
 
     def _split(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """Sizes of the batches that the budget allows, those halved that pad most until there are `count`."""
-        sizes = _cut(self._costs, rows, self._pools.budget)
-        lengths = np.ones(len(rows), np.int64) if self._costs is None else self._costs[rows].astype(np.int64)
-        starts, half = np.cumsum(sizes) - sizes, sizes // 2
-        return split_steps(sizes, count, 1, (lengths[starts] - lengths[starts + half]) * half)
+        """Sizes of `count` batches within the budget, of which the dearest costs the least."""
+        lengths = np.ones(len(rows), np.int64) if self._costs is None else self._costs[rows]
+        return np.diff([*share_out(lengths, count, self._pools.budget), len(rows)])
 
 
 def fixed_pools(counts: np.ndarray, batch_size: int, window: int, steps: int, even: bool) -> Pools:
@@ -123,45 +128,61 @@ def fixed_pools(counts: np.ndarray, batch_size: int, window: int, steps: int, ev
     return Pools(bounds[:, firsts], np.diff(firsts), batch_bounds=bounds)
 
 
-def pools_within(ranks: Sequence[RankRows], costs: np.ndarray, budget: int, size: int) -> tuple[Pools, np.ndarray]:
-    """Pools of about `size` rows a rank, in as few steps as keep all batches within the budget on every rank.
+def pools_within(ordered: Sequence[np.ndarray], budget: int, window: int, rows: int, steps: int | None) -> Pools | None:
+    """Pools of about `window` steps, in each of which every rank gets as far with the cost of its part as the others.
+
+    Args:
+        ordered: of each rank, the padded lengths of its rows in their order.
+        budget: padded tokens per rank and step.
+        window: steps to a pool.
+        rows: to a pool, at most about so many on any rank.
+        steps: of the epoch, as many as each rank has rows at least; None: any number.
 
     Returns:
-        The pools, and how many steps each can have at most. Where a rank has fewer rows than another needs batches,
-        that is less than the steps.
-    """
-    counts = np.array([len(rows) for rows in ranks])
-    number = max(1, round(int(counts.min()) / size))
-    bounds = counts[:, None] * np.arange(number + 1) // number
-    steps = np.zeros(number, np.int64)
-    for rank, rows in enumerate(ranks):
-        for pool in range(number):
-            found = rows.take(*bounds[rank, pool : pool + 2].tolist())
-            steps[pool] = max(steps[pool], len(_cut(costs, _falling(found, costs), budget)))
-    return Pools(bounds, steps, budget=budget), np.diff(bounds).min(axis=0)
-
-
-def spread(steps: np.ndarray, most: np.ndarray, wanted: int) -> np.ndarray:
-    """Give pools more steps, as evenly as it goes, until they are `wanted` in all; none gets more than `most`.
+        The pools; None if they need more than `steps`. A single one does not, unless a rank does.
 
     Example:
-        >>> spread(np.array([2, 3]), np.array([2, 9]), 8).tolist()
-        [2, 6]
+        >>> pools_within([np.array([2, 2, 2, 2]), np.array([4, 4])], 4, 1, 9, 2).bounds.tolist()
+        [[0, 2, 4], [0, 1, 2]]
     """
-    steps = steps.copy()
-    while (missing := wanted - int(steps.sum())) > 0:
-        room = np.flatnonzero(steps < most)
-        share = np.minimum(most[room] - steps[room], max(1, missing // len(room)))
-        share[np.cumsum(share) > missing] = 0
-        steps[room] += share
-    return steps
+    sums = [np.cumsum(each, dtype=np.int64) for each in ordered]
+    counts = np.array([len(each) for each in ordered])
+    number = max(1, round(sum(int(each[-1]) for each in sums) / (len(sums) * budget * window)))
+    at, time, bounds = np.zeros_like(counts), 0, [np.zeros_like(counts)]
+    found: list[int] = []
+    while time < WHOLE:
+        time = _later(time, sums, at, number, rows)
+        stops = np.array([_place(each, time) for each in sums])
+        needed = max(batches_of(each[a:b], budget) for each, a, b in zip(ordered, at, stops, strict=True))
+        if steps is not None:
+            left = steps - sum(found)
+            needed = left if time == WHOLE and needed <= left else max(needed, steps * time // WHOLE - sum(found), 1)
+            if needed > left - (time < WHOLE):
+                return None
+            # Rows enough for this pool's steps, and for those after it. As many as steps need no more than those.
+            stops = np.minimum(np.maximum(stops, at + needed), counts - (left - needed))
+        at = np.maximum(at, stops)
+        bounds.append(at)
+        found.append(needed)
+    return Pools(np.stack(bounds, axis=1), np.array(found), budget=budget)
+
+
+def _later(time: int, sums: Sequence[np.ndarray], at: np.ndarray, number: int, rows: int) -> int:
+    """The next pool's end, as a part of `WHOLE`: one of `number`, or less where ranks would have too many rows."""
+    full = WHOLE // number
+    found = time + full
+    for each, start in zip(sums, at.tolist(), strict=True):
+        if start + rows < len(each):
+            found = min(found, int(each[start + rows]) * WHOLE // int(each[-1]))
+    found = max(found, time + 1 + full // 8)
+    return WHOLE if WHOLE - found < full // 2 else found
+
+
+def _place(sums: np.ndarray, time: int) -> int:
+    """How many rows make up a part of the cost."""
+    return int(np.searchsorted(sums, int(sums[-1]) * time // WHOLE, side="right"))
 
 
 def _falling(rows: np.ndarray, costs: np.ndarray) -> np.ndarray:
     """The longest rows first; equally long ones stay in their order."""
     return rows[np.argsort(-costs[rows].astype(np.int64), kind="stable")]
-
-
-def _cut(costs: np.ndarray | None, falling: np.ndarray, budget: int) -> np.ndarray:
-    lengths = costs[falling] if costs is not None else np.ones(len(falling), np.int64)
-    return cut_steps(lengths, max(1, len(falling)), 1, per_rank=None, budget=budget)

@@ -50,17 +50,16 @@ class RankRows:
 
     Args:
         rows: of the epoch.
-        rank: whose part.
-        world: ranks; their parts differ by one row at most.
+        first: of the part.
+        stop: behind its last.
         reach: how far a row may move.
-        seed: of the shuffle; None leaves the rows as they are.
+        seed: of the shuffle, the rank's own; None leaves the rows as they are.
     """
 
-    def __init__(self, rows: ShardRows, rank: int, world: int, reach: int, seed: Sequence[int] | None) -> None:
+    def __init__(self, rows: ShardRows, first: int, stop: int, reach: int, seed: Sequence[int] | None) -> None:
         self._rows = rows
-        self._first = len(rows) * rank // world
-        self._count = len(rows) * (rank + 1) // world - self._first
-        self._reach, self._seed = (0, (0,)) if seed is None else (reach, (*seed, rank))
+        self._first, self._count = first, stop - first
+        self._reach, self._seed = (0, (0,)) if seed is None else (reach, seed)
         self._at, self._held = -1, np.empty(0, np.int64)
         self._pieces: Iterator[np.ndarray] = iter(())
 

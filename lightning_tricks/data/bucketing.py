@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lightning_tricks.data._loading import loading_of
 from lightning_tricks.data._plan import StepOrder
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.lengths import measure_lengths
@@ -15,6 +16,8 @@ from lightning_tricks.data.loader import TricksDataLoader
 from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["bucketed"]
+
+POSITION = "bucketed train_dataloader"  # in the data module's state, besides its own
 
 D = TypeVar("D", bound=LightningDataModule)
 
@@ -29,8 +32,10 @@ def bucketed(
 ) -> D:
     """Let `datamodule.train_dataloader()` give a `TricksDataLoader` of the same dataset, in batches of like length.
 
-    The dataset, the collate function and the number of workers are those of its own loader, whose order and batches
-    are dropped. Lengths are measured when the loader is first asked for. Validation and test stay as they are.
+    The dataset, the collate function, the workers and how they load are those of its own loader, whose order and
+    batches are dropped. Lengths are measured when the loader is first asked for. Validation and test stay as they are.
+    The position in the epoch is part of the data module's state: Lightning restores that of a loader itself, but not if
+    `configure_optimizers` asked for the number of steps.
 
     Args:
         datamodule: whose `train_dataloader` gives one DataLoader of a map-style dataset. It is changed, and returned.
@@ -51,24 +56,57 @@ def bucketed(
         >>> sorted([len(row) for row in batch] for batch in bucketed(Data(), length=len).train_dataloader())
         [[1, 1], [3, 3]]
     """
-    own = datamodule.train_dataloader
-    known: list[np.ndarray] = []
+    wrapped = _Bucketed(
+        datamodule, sampler, lambda data: measure_lengths(data, length=length, num_workers=num_workers, cache=cache)
+    )
+    datamodule.train_dataloader = wrapped.train_dataloader  # type: ignore[method-assign]
+    datamodule.state_dict = wrapped.state_dict  # type: ignore[method-assign]
+    datamodule.load_state_dict = wrapped.load_state_dict  # type: ignore[method-assign]
+    return datamodule
 
-    def train_dataloader() -> TricksDataLoader:
-        loader = own()
+
+class _Bucketed:
+    """What takes the place of a data module's methods."""
+
+    def __init__(
+        self,
+        datamodule: LightningDataModule,
+        sampler: Callable[[np.ndarray], StepOrder] | None,
+        measure: Callable[[Any], np.ndarray],
+    ) -> None:
+        self._own = datamodule.train_dataloader, datamodule.state_dict, datamodule.load_state_dict
+        self._sampler, self._measure = sampler, measure
+        self._lengths: np.ndarray | None = None
+        self._loader: TricksDataLoader | None = None
+        self._position: dict[str, Any] | None = None
+
+    def train_dataloader(self) -> TricksDataLoader:
+        loader = self._own[0]()
         if not isinstance(loader, DataLoader | TricksDataLoader):
             raise MisconfigurationError(
                 f"`bucketed` needs a `train_dataloader` that gives one DataLoader, got {type(loader).__name__}."
             )
-        if not known:
-            known.append(measure_lengths(loader.dataset, length=length, num_workers=num_workers, cache=cache))
-        make = sampler or (lambda lengths: LengthBucketSampler(lengths, batch_size=_batch_size(loader)))
-        return TricksDataLoader(
-            loader.dataset, sampler=make(known[0]), num_workers=loader.num_workers, collate_fn=loader.collate_fn
+        if self._lengths is None:
+            self._lengths = self._measure(loader.dataset)
+        make = self._sampler or (lambda lengths: LengthBucketSampler(lengths, batch_size=_batch_size(loader)))
+        self._loader = TricksDataLoader(
+            loader.dataset, sampler=make(self._lengths), collate_fn=loader.collate_fn, **loading_of(loader)
         )
+        if self._position is not None:
+            self._loader.load_state_dict(self._position)
+        return self._loader
 
-    datamodule.train_dataloader = train_dataloader  # type: ignore[method-assign]
-    return datamodule
+    def state_dict(self) -> dict[str, Any]:
+        own = self._own[1]()
+        return own if self._loader is None else {**own, POSITION: self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own = {name: value for name, value in state_dict.items() if name != POSITION}
+        if own:
+            self._own[2](own)
+        self._position = state_dict.get(POSITION)
+        if self._loader is not None and self._position is not None:
+            self._loader.load_state_dict(self._position)
 
 
 def _batch_size(loader: Any) -> int:

@@ -1,5 +1,6 @@
 """Epochs in which classes have the shares that they should have, of a fixed number of samples."""
 
+import copy
 import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -138,7 +139,9 @@ class ClassBalancedSampler:
     def identity(self) -> dict[str, Any]:
         """What decides the order, the labels' checksum among it."""
         strategy = self.strategy if isinstance(self.strategy, str) else [float(weight) for weight in self.strategy]
-        within = {} if self._within is None else self._within.identity()
+        within = {}
+        if self._within is not None:
+            within = {**self._within.identity(), "seed of `within`": self._within.seed}
         return {
             **within,
             "samples": self.samples,
@@ -154,6 +157,12 @@ class ClassBalancedSampler:
     def longest_draw(self) -> np.ndarray:
         """Samples of which the i-th longest is no shorter than that of any epoch's draw."""
         return np.concatenate([self._draw_class(index, None) for index in range(len(self._members))])
+
+    def __copy__(self) -> "ClassBalancedSampler":
+        """The same order, with an epoch of its own."""
+        other = object.__new__(ClassBalancedSampler)
+        other.__dict__.update(self.__dict__, _order=copy.copy(self._order))
+        return other
 
     def _draw_class(self, index: int, epoch: int | None) -> np.ndarray:
         """`epoch` None takes the longest that may come, one for each that is drawn."""

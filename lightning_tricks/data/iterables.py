@@ -2,14 +2,15 @@
 
 import itertools
 import re
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning_tricks.data._plan import check_whole
 from lightning_tricks.data.sources import Block, ShardedSource
-from lightning_tricks.errors import DataError, MisconfigurationError
+from lightning_tricks.errors import DataError, DegradedWarning, MisconfigurationError
 
 __all__ = ["IterableSource"]
 
@@ -29,10 +30,13 @@ class IterableSource(ShardedSource):
         shards: a `datasets.IterableDataset`, whose own shards are taken, or one iterable for each shard.
         rows: of each shard; None counts them.
         transform: makes a sample of a row.
+        corrupted: what becomes of a shard that cannot be read to its end: "error", or "skip" with a warning, for which
+            all are read once at the start, so that all ranks leave out the same.
 
     Raises:
         MisconfigurationError: for something else, such as an iterator, which can be read only once.
-        DataError: for an empty shard, or while reading, if a shard has another number of rows than was counted.
+        DataError: for an empty shard, or one that cannot be read; or while reading, if a shard has another number of
+            rows than was counted.
 
     Example:
         >>> source = IterableSource([["a", "b"], ["c"]])
@@ -46,21 +50,39 @@ class IterableSource(ShardedSource):
         *,
         rows: Sequence[int] | None = None,
         transform: Callable[[Any], Any] | None = None,
+        corrupted: Literal["error", "skip"] = "error",
     ) -> None:
+        if corrupted not in ("error", "skip"):
+            raise MisconfigurationError(f"`corrupted` must be 'error' or 'skip', got {corrupted!r}.")
         self._shards = _shards_of(shards)
         self._cursors: OrderedDict[int, tuple[int, Iterator[Any]]] = OrderedDict()  # by shard: the next row
         if rows is not None and len(rows) != len(self._shards):
             raise MisconfigurationError(f"`rows` has {len(rows)} entries for {len(self._shards)} shards.")
-        firsts, counts = [], []
-        for shard in range(len(self._shards)):
-            iterator = self._open(shard)
-            if (row := next(iterator, self)) is self:
-                raise DataError(f"Shard {shard} is empty. Leave it out of the shards.")
-            firsts.append(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(row)))
-            counts.append(rows[shard] if rows is not None else 1 + sum(1 for _ in iterator))
-            check_whole(f"rows[{shard}]", counts[-1], 1)
+        self._numbers = list(range(len(self._shards)))  # of the shards as they were given
+        counts, firsts = self._looked_into(rows, skip=corrupted == "skip")
         super().__init__(counts, transform=transform)
         self._checksum = zlib.crc32(repr((counts, firsts)).encode("utf-8", "surrogatepass"))
+
+    def _looked_into(self, rows: Sequence[int] | None, *, skip: bool) -> tuple[list[int], list[str]]:
+        """Each shard's number of rows, and its first one. Those to be skipped are left out."""
+        counts, firsts, intact = [], [], []
+        for shard in self._numbers:
+            iterator = self._open(shard)
+            try:
+                if (row := next(iterator, self)) is self:
+                    raise DataError(f"Shard {shard} is empty. Leave it out of the shards.")
+                count = 1 + sum(1 for _ in iterator) if rows is None or skip else 0
+            except DataError as error:
+                if not skip or error.__cause__ is None:
+                    raise
+                warnings.warn(f"Left out of the data: {error}", DegradedWarning, stacklevel=3)
+                continue
+            intact.append(shard)
+            firsts.append(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(row)))
+            counts.append(count if rows is None else rows[shard])
+            check_whole(f"rows[{shard}]", counts[-1], 1)
+        self._shards, self._numbers = [self._shards[shard] for shard in intact], intact
+        return counts, firsts
 
     def fingerprint(self) -> str:
         """By the numbers of rows and each shard's first one: what lies behind that is not seen to change."""
@@ -78,10 +100,11 @@ class IterableSource(ShardedSource):
         samples = list(itertools.islice(iterator, size))
         ends = first + size == self.rows[shard]
         if len(samples) < size or (ends and next(iterator, samples) is not samples):
+            word = "fewer" if len(samples) < size else "more"
             raise DataError(
-                f"Shard {shard} has {'fewer' if len(samples) < size else 'more'} than the {self.rows[shard]} rows that"
-                " were counted: the data changed, are shuffled, or share themselves out over worker processes."
-                " Give what has the same rows whenever and wherever it is read."
+                f"Shard {self._numbers[shard]} has {word} than the {self.rows[shard]} rows that were counted: the data"
+                " changed, are shuffled, or share themselves out over worker processes. Give what has the"
+                " same rows whenever and wherever it is read."
             )
         if not ends:
             self._cursors[shard] = first + size, iterator
@@ -103,9 +126,10 @@ class IterableSource(ShardedSource):
     def _open(self, shard: int) -> Iterator[Any]:
         try:
             yield from self._shards[shard]
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, EOFError, zlib.error) as error:
             raise DataError(
-                f"Shard {shard} cannot be read: {error}. Mend it, or leave it out of the shards."
+                f"Shard {self._numbers[shard]} cannot be read: {f'{error}'.rstrip('.')}. Mend it, leave it out of the"
+                " shards, or pass `corrupted='skip'`."
             ) from error
 
 

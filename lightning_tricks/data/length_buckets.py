@@ -1,17 +1,17 @@
 """Batches of samples of about the same length: shuffled, with little padding, and of equal cost on every rank."""
 
-import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from lightning_tricks.data._cutting import Cutter
+from lightning_tricks.data._fingerprint import checksum_of
 from lightning_tricks.data._lengths import TooLong, check_collator, checked_lengths, keep_within
 from lightning_tricks.data._order import does_not_fit
 from lightning_tricks.data._plan import Plan, check_whole
-from lightning_tricks.data._tails import gather_tails
 from lightning_tricks.errors import DataError, MisconfigurationError
-from lightning_tricks.functional.batching import cut_steps, shuffle_to_windows, shuffled_indices, split_steps
+from lightning_tricks.functional.batching import shuffled_indices
 
 __all__ = ["Draw", "LengthBucketSampler"]
 
@@ -126,12 +126,14 @@ class LengthBucketSampler:
             DataError: if there are too few samples to give every rank one in every step.
         """
         if (world, limit) not in self._known_steps:
-            samples = self._samples(0)
-            sizes = self._cut(samples, (self.seed, 0), self._width(len(samples), world, limit), world, limit)[1]
+            samples, cutter = self._samples(0), self._cutter(world, limit)
+            sizes = cutter.fewest(samples, (self.seed, 0), self._width(len(samples), world, limit))[1]
             least = len(sizes) + (len(sizes) // SLACK if self.by_tokens else 0)
             if self._draw is not None:
                 longest = self._draw.longest_draw()
-                least = max(least, len(self._cut(longest, (self.seed, 0), len(longest), world, limit)[1]))
+                least = max(least, len(cutter.fewest(longest, (self.seed, 0), len(longest))[1]))
+            # One sort of a whole epoch needs no more steps than its windows do, and can be cut into any number from
+            # there to this one; it is the same in every epoch, or no longer than that of the longest draw.
             self._known_steps[world, limit] = min(least, len(samples) // world)
         return self._known_steps[world, limit]
 
@@ -154,18 +156,12 @@ class LengthBucketSampler:
         wanted = self.steps(world, limit) if steps is None else steps
         found = self._samples(self.epoch) if samples is None else samples
         key = (self.seed, self.epoch, *([segment] if segment else []))
-        if wanted < 1 or len(found) < wanted * world:
-            raise MisconfigurationError(does_not_fit(len(found), wanted, world))
-        width = self._width(len(found), world, limit)
-        while True:
-            order, sizes = self._cut(found, key, width, world, limit)
-            if len(sizes) <= wanted <= int((sizes // world).sum()):
-                break
-            if width >= len(found):
-                raise MisconfigurationError(does_not_fit(len(found), wanted, world))
-            width *= 2  # fewer partial steps, at the ends of windows
-        if len(sizes) < wanted:
-            sizes = split_steps(sizes, wanted, world, self._saved_by_halving(order, sizes))
+        made = None
+        if wanted >= 1 and len(found) >= wanted * world:
+            made = self._cutter(world, limit).exactly(found, key, self._width(len(found), world, limit), wanted)
+        if made is None:
+            raise MisconfigurationError(does_not_fit(len(found), wanted, world, resumed=samples is not None))
+        order, sizes = made
         stops = np.cumsum(sizes)
         turn = shuffled_indices(wanted, (*key, wanted))
         costs = self.costs if self.by_tokens else None
@@ -186,9 +182,8 @@ class LengthBucketSampler:
         check_collator(collate_fn, self.max_length, self.pad_to if self.by_tokens else None)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order, the lengths' checksum among it."""
+        """What decides the order, a checksum of the lengths and of what is not dropped among it."""
         by = "max_tokens" if self.by_tokens else "batch_size"
-        content = zlib.crc32(np.ascontiguousarray(self.costs).data)
         return {
             "samples": self.samples,
             "seed": self.seed,
@@ -196,7 +191,7 @@ class LengthBucketSampler:
             "by": by,
             "too_long": self.too_long,
             "order's version": VERSION,
-            "fingerprint of the lengths": f"{content:08x}",
+            "fingerprint of the lengths": checksum_of(self.costs, self.kept),
         }
 
     def of(self, draw: Draw) -> "LengthBucketSampler":
@@ -219,22 +214,5 @@ class LengthBucketSampler:
         windows = max(1, round(samples / (self.window * step)))
         return step if self.window == 1 else -(-samples // (windows * step)) * step
 
-    def _saved_by_halving(self, order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Padding of each step that goes when it is halved."""
-        starts, half = np.cumsum(sizes) - sizes, sizes // 2
-        return np.asarray((self.costs[order[starts]].astype(np.int64) - self.costs[order[starts + half]]) * half)
-
-    def _cut(
-        self, samples: np.ndarray | range, key: tuple[int, ...], width: int, world: int, limit: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The order, and the sizes of the steps in it, each of at least `world` samples."""
-        if len(samples) < world:
-            raise DataError(
-                f"{len(samples)} sample(s) cannot give each of {world} devices a batch. Use at most {len(samples)}"
-                " devices, or more samples."
-            )
-        costs = self.costs if isinstance(samples, range) else self.costs[samples]
-        order, costs = shuffle_to_windows(samples, costs, key, width)
-        per_rank, budget = (None, limit) if self.by_tokens else (limit, None)
-        sizes = cut_steps(costs, width, world, per_rank=per_rank, budget=budget)
-        return gather_tails(order, sizes, self.costs, world, per_rank=per_rank, budget=budget)
+    def _cutter(self, world: int, limit: int) -> Cutter:
+        return Cutter(self.costs, world, None if self.by_tokens else limit, limit if self.by_tokens else None)

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_tricks.data._fingerprint import fingerprint_of
+from lightning_tricks.data._loading import Changing, check_loading, loading_of
 from lightning_tricks.data._order import PlainOrder
 from lightning_tricks.data._plan import RankBatches, Segment, StepOrder, check_whole, continued
 from lightning_tricks.engines import ranks
@@ -16,6 +18,7 @@ from lightning_tricks.errors import DataError, MisconfigurationError
 __all__ = ["TricksDataLoader"]
 
 CONTENT = "fingerprint of the data"
+POSITION = ("epoch", "batches", "length", "segments")  # what a state holds besides the order's identity
 REMEDY = (
     "Load the samples into a map-style dataset, or stream them: source = IterableSource([dataset]), or ParquetSource or"
     " LitDataSource of files, and TricksDataLoader(source, sampler=StreamingSampler(source, batch_size=...))."
@@ -36,8 +39,8 @@ class TricksDataLoader:
     leaves its sampling alone; `trainer.overfit_batches` needs `shuffle=False`.
 
     Args:
-        dataset: a map-style dataset whose samples depend on nothing but their index; with a method `fingerprint`, or
-            from Hugging Face, its content is recognised when an epoch is resumed.
+        dataset: a map-style dataset whose samples depend on nothing but their index. Its content is recognised when an
+            epoch is resumed: by its method `fingerprint`, Hugging Face's, or a few samples.
         batch_size: samples per rank and batch, at least 1.
         shuffle: a new order every epoch, or the dataset's own.
         seed: of the order, at least 0.
@@ -46,6 +49,12 @@ class TricksDataLoader:
         collate_fn: makes a batch out of a list of samples; torch's default stacks tensors.
         sampler: `LengthBucketSampler`, `ClassBalancedSampler` or `StreamingSampler`, instead of `batch_size`, `shuffle`
             and `seed`.
+        pin_memory: as torch's DataLoader has it, and so are those that follow: put batches into page-locked memory.
+        prefetch_factor: batches that each worker holds ready.
+        persistent_workers: let workers stay from epoch to epoch.
+        worker_init_fn: what each worker calls with its number when it starts.
+        multiprocessing_context: how workers are started, such as "spawn".
+        timeout: seconds to wait for a batch of a worker, 0 for ever.
 
     Raises:
         MisconfigurationError: for an option out of range, missing, or beside a sampler.
@@ -72,11 +81,18 @@ class TricksDataLoader:
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         sampler: StepOrder | None = None,
+        pin_memory: bool = False,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        timeout: float = 0,
     ) -> None:
-        check_whole("num_workers", num_workers, 0)
-        self.dataset = dataset
-        self.num_workers = num_workers
-        self.collate_fn = collate_fn
+        self.dataset, self.collate_fn, self.num_workers = dataset, collate_fn, num_workers
+        self.pin_memory, self.prefetch_factor, self.persistent_workers = pin_memory, prefetch_factor, persistent_workers
+        self.worker_init_fn, self.timeout = worker_init_fn, timeout  # Lightning sets the former, to seed workers
+        self.multiprocessing_context = multiprocessing_context
+        check_loading(**loading_of(self))
         size = _size(dataset)
         if sampler is None:
             self._order: StepOrder = _plain(size, batch_size, shuffle, seed, drop_last)
@@ -84,9 +100,9 @@ class TricksDataLoader:
             _refuse_beside_sampler(batch_size=batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last or None)
             sampler.check(size, collate_fn)
             self._order = sampler
-        self._fingerprint = fingerprint_of(dataset)
         self._taken: tuple[int, list[Segment]] = (-1, [])  # epoch, and what was handed out in it
         self._resumed = False
+        self._staying: tuple[DataLoader[Any], Changing] | None = None  # whose workers persist
 
     @property
     def order(self) -> StepOrder:
@@ -106,7 +122,7 @@ class TricksDataLoader:
         """A loader of the same epoch's batches, from the first one, with a position of its own."""
         other = copy.copy(self)
         other._order = copy.copy(self._order)
-        other._taken, other._resumed = (-1, []), False
+        other._taken, other._resumed, other._staying = (-1, []), False, None
         return other
 
     def __len__(self) -> int:
@@ -150,14 +166,24 @@ class TricksDataLoader:
         self._taken, self._resumed = (state["epoch"], segments), True
 
     def _loader(self, segments: tuple[Segment, ...]) -> "DataLoader[Any]":
+        batches = RankBatches(self._order, segments, ranks()[0])
+        if not self.persistent_workers:
+            return self._made(batches)
+        if self._staying is None:
+            changing = Changing()
+            self._staying = self._made(changing), changing
+        self._staying[1].batches = batches
+        return self._staying[0]
+
+    def _made(self, batches: Any) -> "DataLoader[Any]":
         # Its own generator: a loader leaves the global random numbers alone, so that resuming draws none too many.
         generator = torch.Generator().manual_seed(self._order.seed + self._order.epoch)
         return DataLoader(
             self.dataset,
-            batch_sampler=RankBatches(self._order, segments, ranks()[0]),
-            num_workers=self.num_workers,
+            batch_sampler=batches,
             collate_fn=self.collate_fn,
             generator=generator,
+            **loading_of(self),
         )
 
     def _fresh(self) -> Segment:
@@ -179,11 +205,18 @@ class TricksDataLoader:
         known = {} if self._fingerprint is None else {CONTENT: self._fingerprint}
         return {**self._order.identity(), **known}
 
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        """Had when a position is first stored or restored: it may read some samples."""
+        return fingerprint_of(self.dataset)
+
     def _refuse_another_order(self, state: dict[str, Any]) -> None:
-        for name, now in self._identity().items():
-            if name == CONTENT and name not in state:
-                continue  # saved when the dataset gave none
-            if (before := state.get(name)) != now:
+        here = self._identity()
+        for name in [*here, *(name for name in state if name not in here and name not in POSITION)]:
+            if name == CONTENT and (name not in state or name not in here):
+                continue  # saved when the dataset gave none, or it gives none any more
+            before, now = state.get(name), here.get(name)
+            if before != now:
                 raise MisconfigurationError(
                     f"The checkpoint stands in the middle of an epoch (batch {state['batches']} of {state['length']})"
                     f" with {name}={before}, but now {name}={now}: the samples seen and to come would not fit"

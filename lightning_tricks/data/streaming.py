@@ -1,25 +1,27 @@
 """The order of data larger than memory: shards shuffled, rows shuffled nearby, batches of like length."""
 
-import math
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from lightning_tricks.data._fingerprint import checksum_of
 from lightning_tricks.data._lengths import TooLong, check_collator, checked_lengths, keep_within
 from lightning_tricks.data._order import does_not_fit, plain_steps
 from lightning_tricks.data._plan import check_whole
-from lightning_tricks.data._stream_plan import Pools, StreamPlan, fixed_pools, pools_within, spread
+from lightning_tricks.data._stream_cuts import always_enough, cut_ranks
+from lightning_tricks.data._stream_plan import Pools, StreamPlan, fixed_pools, pools_within
 from lightning_tricks.data._stream_rows import RankRows, ShardRows
 from lightning_tricks.data.sources import ShardedSource
 from lightning_tricks.errors import DataError, MisconfigurationError
 
 __all__ = ["StreamingSampler"]
 
-SLACK = 100  # a hundredth of an epoch's steps to spare, which lets every epoch have the same number of them
+SLACK = 100  # a hundredth of an epoch's steps to spare, so that few epochs need larger pools
 LONGEST = 1 << 62
-VERSION = 1  # of the order: one more whenever the same options give another
+VERSION = 2  # of the order: one more whenever the same options give another
 
 
 class StreamingSampler:
@@ -28,9 +30,10 @@ class StreamingSampler:
     Give it to `TricksDataLoader(source, sampler=...)` with the same source. Each epoch shuffles the shards, gives each
     rank a contiguous part of their rows, and shuffles those within a buffer. With `lengths`, each rank sorts pools of
     `window` batches by length, cuts and shuffles their batches; the k-th longest batches of all ranks form a step.
-    Every row comes once, on every rank in the same number of steps, in an order that depends on (seed, epoch) alone,
-    the number of workers is no part of it. Batches are fixed, or go by a budget of tokens; the latter holds unequal
-    numbers of samples, and a loss needs its global count (`LossNormalizationMixin`).
+    Every row comes once, on every rank and in every epoch in the same number of steps, in an order that depends on
+    (seed, epoch) alone, the number of workers is no part of it. Batches are fixed, or go by a budget of tokens. Then
+    ranks' parts are of the same cost, whatever the shards hold, and the k-th dearest batches form a step; they hold
+    unequal numbers of samples, and a loss needs its global count (`LossNormalizationMixin`).
 
     Args:
         source: whose shards are read.
@@ -108,7 +111,7 @@ class StreamingSampler:
         self.costs: np.ndarray | None = None
         self.kept: np.ndarray | None = None
         self.max_length: int | None = None
-        self._mean = 1.0
+        self._mean, self._costs = 1.0, np.empty(0, np.int32)
         if lengths is None:
             return
         found = checked_lengths(lengths)
@@ -117,6 +120,7 @@ class StreamingSampler:
         longest = self.limit if self.by_tokens else LONGEST
         self.costs, self.kept, self.max_length = keep_within(found, longest, self.too_long, self.pad_to)
         self.lengths = found if self.max_length is None else np.minimum(found, self.max_length)
+        self._costs = self.costs
         self._mean = float((self.costs if self.kept is None else self.costs[self.kept]).mean())
 
     @property
@@ -142,11 +146,18 @@ class StreamingSampler:
         if not self.by_tokens or count < world:
             return plain_steps(count, world, limit if not self.by_tokens else 1, drop_last=False)
         if (world, limit) not in self._known_steps:
-            key = (self.seed, 0)
-            rows = self._rows(key, None)
-            pools, most = self._within_budget(rows, self._ranks(rows, world, key), limit, None)
-            needed = int(pools.steps.sum())
-            self._known_steps[world, limit] = min(needed + needed // SLACK, int(most.sum()))
+            costs = self._costs if self.kept is None else self._costs[self.kept]
+            enough = always_enough(costs, limit, world)
+            if enough is None:
+                raise DataError(
+                    f"{count} rows cannot be had in equally many batches within `max_tokens={limit}` on each of"
+                    f" {world} devices: too many of them fill a batch alone. Raise `max_tokens`, use fewer devices, or"
+                    f" leave {count % world} row(s) out."
+                )
+            rows = self._rows((self.seed, 0), None)
+            ranks = self._ranks(rows, self._bounds(rows, world, limit, None), (self.seed, 0))
+            needed = int(self._pools(ranks, limit, None).steps.sum())
+            self._known_steps[world, limit] = min(max(enough, needed + needed // SLACK), count // world)
         return self._known_steps[world, limit]
 
     def plan(
@@ -168,18 +179,15 @@ class StreamingSampler:
         wanted = self.steps(world, limit) if steps is None else steps
         key = (self.seed, self.epoch, *([segment] if segment else []))
         rows = self._rows((self.seed, self.epoch), samples)
-        ranks = self._ranks(rows, world, key)
-        if wanted < 1 or len(rows) < wanted * world:
-            raise MisconfigurationError(does_not_fit(len(rows), wanted, world))
+        bounds = self._bounds(rows, world, limit, wanted) if wanted >= 1 and len(rows) >= wanted * world else None
+        if bounds is None or (not self.by_tokens and len(rows) - wanted * world * limit >= world):
+            raise MisconfigurationError(does_not_fit(len(rows), wanted, world, resumed=samples is not None))
+        ranks = self._ranks(rows, bounds, key)
         if self.by_tokens:
-            pools, most = self._within_budget(rows, ranks, limit, wanted)
-            pools = Pools(pools.bounds, spread(pools.steps, most, wanted), budget=limit)
+            pools = self._pools(ranks, limit, wanted)
         else:
-            natural = len(rows) - wanted * world * limit < world
             even = (wanted - 1) * limit >= len(rows) // world
-            if not natural:
-                raise MisconfigurationError(does_not_fit(len(rows), wanted, world))
-            pools = fixed_pools(np.array([len(each) for each in ranks]), limit, self.window, wanted, even)
+            pools = fixed_pools(np.diff(bounds), limit, self.window, wanted, even)
         return StreamPlan(ranks, pools, self.costs, None if self.buffer is None else key)
 
     def check(self, samples: int, collate_fn: Any) -> None:
@@ -200,7 +208,7 @@ class StreamingSampler:
         """What decides the order."""
         lengths = {}
         if self.costs is not None:
-            lengths["fingerprint of the lengths"] = f"{zlib.crc32(np.ascontiguousarray(self.costs).data):08x}"
+            lengths["fingerprint of the lengths"] = checksum_of(self.costs, self.kept)
         return {
             "samples": self.samples,
             "seed": self.seed,
@@ -218,31 +226,28 @@ class StreamingSampler:
         numbers = None if chosen is None else np.asarray(chosen, np.int64)
         return ShardRows(self._sizes, None if self.buffer is None else key, numbers)
 
-    def _ranks(self, rows: ShardRows, world: int, key: tuple[int, ...]) -> list[RankRows]:
-        seed = None if self.buffer is None else key
-        return [RankRows(rows, rank, world, self.buffer or 0, seed) for rank in range(world)]
+    def _bounds(self, rows: ShardRows, world: int, limit: int, steps: int | None) -> np.ndarray | None:
+        """Where ranks' rows start and stop: as many for each, or of the same cost."""
+        if not self.by_tokens:
+            return len(rows) * np.arange(world + 1) // world
+        return cut_ranks(self._costs[rows[np.arange(len(rows))]], world, limit, steps)
+
+    def _ranks(self, rows: ShardRows, bounds: np.ndarray | None, key: tuple[int, ...]) -> list[RankRows]:
+        parts = pairwise([] if bounds is None else bounds.tolist())
+        return [
+            RankRows(rows, first, stop, self.buffer or 0, None if self.buffer is None else (*key, rank))
+            for rank, (first, stop) in enumerate(parts)
+        ]
 
     def _pool_size(self, limit: int) -> int:
         return self.window * (max(1, round(limit / self._mean)) if self.by_tokens else limit)
 
-    def _within_budget(
-        self, rows: ShardRows, ranks: list[RankRows], limit: int, wanted: int | None
-    ) -> tuple[Pools, np.ndarray]:
-        """Pools of which every rank has rows enough, in no more steps than wanted: larger ones need fewer."""
-        if self.costs is None:
-            raise MisconfigurationError("`max_tokens` needs `lengths`.")
-        size = self._pool_size(limit)
+    def _pools(self, ranks: list[RankRows], limit: int, steps: int | None) -> Pools:
+        """Pools of `window` steps, or of more where those need more steps in all than there are to be."""
+        ordered = [self._costs[rank.take(0, len(rank))] for rank in ranks]
+        wider = 1
         while True:
-            pools, most = pools_within(ranks, self.costs, limit, size)
-            fits = bool((pools.steps <= most).all())
-            if fits and (wanted is None or int(pools.steps.sum()) <= wanted <= int(most.sum())):
-                return pools, most
-            if size >= math.ceil(len(rows) / len(ranks)):
-                if wanted is not None:
-                    raise MisconfigurationError(does_not_fit(len(rows), wanted, len(ranks)))
-                raise DataError(
-                    f"{len(rows)} rows cannot be had in equally many batches within `max_tokens={limit}` on each of"
-                    f" {len(ranks)} devices: too many of them fill a batch alone. Raise `max_tokens`, or use fewer"
-                    " devices."
-                )
-            size *= 2
+            pools = pools_within(ordered, limit, wider * self.window, 2 * wider * self._pool_size(limit), steps)
+            if pools is not None:
+                return pools
+            wider *= 2

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_tricks.engines._blocks import find_blocks, outermost
 from lightning_tricks.errors import MisconfigurationError
 
-__all__ = ["Recomputed", "checkpoint_blocks", "checkpoints", "refuse_activation_checkpointing"]
+__all__ = ["Recomputed", "checkpoint_blocks", "checkpoints", "recomputes", "refuse_activation_checkpointing"]
 
 Recomputed = Literal["blocks"] | Sequence[str] | Callable[[nn.Module], bool]
 # The modules that were done, and of each what is computed again. Names are kept beside it: sharding changes classes.
@@ -74,6 +74,15 @@ def checkpoints(module: nn.Module, policy: Recomputed) -> bool:
     if _names(policy) is None:
         return known is None and set(parts) == set(_chosen(module, policy))
     return known == _names(policy)
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether `checkpoint_blocks` lets a part of the module be computed again, through hooks of its own.
+
+    Costs a look at every part.
+    """
+    parts = {id(part) for _, blocks in _DONE.values() for part in blocks}
+    return bool(parts) and any(id(part) in parts for part in module.modules())
 
 
 def _names(policy: Recomputed) -> tuple[str, ...] | None:

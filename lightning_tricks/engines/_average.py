@@ -49,6 +49,8 @@ def average_stored(members: Sequence[Stored], weights: Sequence[float], out: Pat
             else:
                 yield name, newest.tensor(name)
 
+    if out.suffix == ".safetensors":  # which holds no record
+        rest |= record.get("averaged", {})
     write_checkpoint(out, newest.layout, entries(), {**rest, "lightning_tricks": record})
 
 

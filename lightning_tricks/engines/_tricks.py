@@ -1,7 +1,7 @@
 """What a trick declares about itself, and which tricks a Trainer and a module hold."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -56,6 +56,7 @@ class Trick:
         needs: the methods of `Engine` that it calls. What an engine refuses of them is refused of the trick.
         rules: what it does not do exactly, or not at all.
         used: whether an object of a class that declares it makes use of it; None: always.
+        does: whether such an object does the jobs as it is set up; None: always. What it needs, it needs all the same.
 
     Example:
         >>> Trick(jobs=("average weights",), needs=("named_shards", "put_shards")).rules
@@ -66,6 +67,16 @@ class Trick:
     needs: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     used: Callable[[Any], bool] | None = None
+    does: Callable[[Any], bool] | None = None
+
+    def of(self, source: Any) -> "Trick":
+        """What it comes to for this object.
+
+        Example:
+            >>> Trick(jobs=("balance classes",), does=lambda weights: len(set(weights)) > 1).of([1.0, 1.0]).jobs
+            ()
+        """
+        return self if self.does is None or self.does(source) else replace(self, jobs=())
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ def tricks_in_use(trainer: Trainer, module: LightningModule) -> Iterator[InUse]:
     for base in type(module).__mro__:
         declared = vars(base).get("trick")
         if isinstance(declared, Trick) and (declared.used is None or declared.used(module)):
-            yield InUse(base.__name__, declared, module, ours=True)
+            yield InUse(base.__name__, declared.of(module), module, ours=True)
     yield from _options(trainer, module)
     if module is trainer.lightning_module:
         yield from _samplers(trainer)

@@ -1,11 +1,13 @@
 """Averages of weights over time: exponential, equal, and of the latest few."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = ["ema_decay", "lerp_", "mean_of"]
+
+_CAST = 2**24  # elements that are cast together: 64 MiB in fp32
 
 
 def ema_decay(update: int, decay: float, warmup: float = 0.0) -> float:
@@ -32,7 +34,8 @@ def ema_decay(update: int, decay: float, warmup: float = 0.0) -> float:
 def lerp_(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float) -> None:
     """Move each average towards its value, in place: `average += weight * (value - average)`.
 
-    One call for all tensors, at the averages' own precision, whatever that of the values is.
+    One call for all tensors, at the averages' own precision. Values of another precision are cast a few tensors at a
+    time: besides the averages there are never more than 2^24 of their elements, or one tensor, at that precision.
 
     Args:
         averages: fp32 tensors.
@@ -47,8 +50,27 @@ def lerp_(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float) -
         >>> average
         tensor([1.5000])
     """
-    if averages:
-        torch._foreach_lerp_(list(averages), [value.to(averages[0].dtype) for value in values], weight)
+    if averages and all(value.dtype == averages[0].dtype for value in values):
+        torch._foreach_lerp_(list(averages), list(values), weight)
+        return
+    for group in _groups(averages, values):
+        torch._foreach_lerp_(
+            [average for average, _ in group], [value.to(average.dtype) for average, value in group], weight
+        )
+
+
+def _groups(averages: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Pairs, as many at a time as have `_CAST` elements, and at least one."""
+    group: list[tuple[Tensor, Tensor]] = []
+    held = 0
+    for pair in zip(averages, values, strict=True):
+        if group and held + pair[0].numel() > _CAST:
+            yield group
+            group, held = [], 0
+        group.append(pair)
+        held += pair[0].numel()
+    if group:
+        yield group
 
 
 def mean_of(members: Sequence[Sequence[Tensor]]) -> list[Tensor]:

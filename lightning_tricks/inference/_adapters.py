@@ -101,6 +101,13 @@ def _layer(stored: Stored, prefix: str, module: nn.Module) -> LowRankLayer:
             f"{stored.path} holds `{prefix}{_DOWN}`, and `{prefix}` in `module` is {found}, without one adapter that is"
             " not merged: build it as the members were trained."
         )
+    if layer.packing is not None:
+        raise CheckpointError(
+            f"{stored.path} holds adapters (`{prefix}{_DOWN}`) whose weight `module` keeps in {layer.packing.kind}: a"
+            " merged one would be rounded to it again, which loses most of the update. Write each member's merged"
+            " weights by `export_merged(file)` and average those files, or keep the members apart in a"
+            " PredictionEnsemble."
+        )
     options = layer.adapters["default"]
     if options.decomposed or options.init == "pissa":
         kind = "DoRA" if options.decomposed else "PiSSA"

@@ -1,6 +1,7 @@
 """The checkpoints that are combined: opened, compared, and those that cannot be used skipped if that is wanted."""
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_tricks.engines import Stored, open_checkpoint, refuse_other_meaning, refuse_other_weights
@@ -9,6 +10,7 @@ from lightning_tricks.functional import same_fingerprint
 
 __all__ = ["checked_paths", "open_members"]
 
+_FACTS = ("average", "updates")  # what WeightAveraging.save_average says of its file
 # Where other libraries put a second set of weights into a file, beside the state dict.
 _SECOND_SETS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "ema_weights")
 
@@ -51,7 +53,7 @@ def open_members(
     skipped: dict[Path, str] = {}
     for path in paths:
         try:
-            member = prepare(open_checkpoint(path))
+            member = prepare(_opened(path))
             if members:
                 _compare(members[0], member, ignore)
             else:
@@ -64,6 +66,15 @@ def open_members(
     if skipped and len(members) < 2:
         raise CheckpointError("fewer than two checkpoints are left to combine: " + " ".join(skipped.values()))
     return members, skipped
+
+
+def _opened(path: Path) -> Stored:
+    """The checkpoint; what a safetensors file says of an average in it, where a checkpoint file says it."""
+    stored = open_checkpoint(path)
+    facts = {name: stored.rest[name] for name in _FACTS if name in stored.rest}
+    if path.suffix != ".safetensors" or len(facts) < len(_FACTS):
+        return stored
+    return replace(stored, rest={**stored.rest, "lightning_tricks": {"averaged": facts}})
 
 
 def _compare(reference: Stored, member: Stored, ignore: Collection[str]) -> None:
@@ -91,6 +102,14 @@ def _refuse_second_sets(member: Stored) -> None:
             raise CheckpointError(
                 f"{member.path} holds two sets of weights, `state_dict` and `{name}`, and does not say which is meant:"
                 " save the one you mean to a file of its own."
+            )
+    for name in (member.rest.get("lightning_tricks") or {}).get("values") or {}:
+        if name.startswith("WeightAveraging"):
+            raise CheckpointError(
+                f"{member.path} is a full checkpoint of a run with WeightAveraging and holds two sets of weights, the"
+                f" raw ones and the average `{name}`, and does not say which is meant. For the average give checkpoints"
+                " saved with `save_weights_only=True`, or by `save_average`; for the raw weights the files that"
+                " `lightning-tricks consolidate` writes of these."
             )
 
 

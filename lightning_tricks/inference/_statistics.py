@@ -66,7 +66,9 @@ def running_statistics(module: nn.Module, stored: Stored, loader: Iterable[Any],
     return {prefix + name: value for prefix, buffers in found.items() for name, value in buffers.items()}
 
 
-def checked_source(module: nn.Module | None, loader: object) -> None:
-    """Refuse data without a module to run on them."""
+def checked_source(module: nn.Module | None, loader: object, batches: int) -> None:
+    """Refuse data without a module to run on them, and a number of batches that is none."""
     if loader is not None and module is None:
         raise MisconfigurationError("`loader` is given without `module`: pass the module that computes on its batches.")
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise MisconfigurationError(f"`batches` must be a whole number of 1 or more, got {batches!r}: try 100.")

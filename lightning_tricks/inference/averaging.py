@@ -64,7 +64,8 @@ def average_checkpoints(
     Args:
         paths: checkpoint files, ZeRO or FSDP2 folders, safetensors files.
         out: the `.ckpt` file, which `load_from_checkpoint` reads, or `.safetensors` file to write.
-        weights: one number of 0 or more for each path, not all 0; None weighs all alike.
+        weights: one number of 0 or more for each path, not all 0; None weighs all alike. A member of weight 0 is
+            checked like the others, and not read.
         skip_bad: leave out members that are damaged or do not match the first good one, instead of refusing them.
         ignore: hyper-parameters, such as `labels` or `tokenizer`, that may differ.
         module: built as the members were trained, on their base: to merge adapters, and for `loader`. It is not
@@ -94,14 +95,14 @@ def average_checkpoints(
     """
     chosen, out = checked_paths(paths), checked_out(out, paths)
     given = dict(enumerate(_checked_weights(weights, len(chosen))))
-    checked_source(module, loader)
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise MisconfigurationError(f"`batches` must be a whole number of 1 or more, got {batches!r}: try 100.")
+    checked_source(module, loader, batches)
     members, skipped = open_members(chosen, AdapterMerger(module), ignore=ignore, skip_bad=skip_bad)
-    kept = [given[place] for place, path in enumerate(chosen) if path not in skipped]
-    if sum(kept) <= 0:
-        raise MisconfigurationError(f"the `weights` of the members that are left sum to 0: {kept}. Raise one.")
-    average_members(members, kept, out, module=module, loader=loader, batches=batches)
+    left = [given[place] for place, path in enumerate(chosen) if path not in skipped]
+    if sum(left) <= 0:
+        raise MisconfigurationError(f"the `weights` of the members that are left sum to 0: {left}. Raise one.")
+    used = [(member, weight) for member, weight in zip(members, left, strict=True) if weight > 0]
+    members, shares = [member for member, _ in used], [weight for _, weight in used]
+    average_members(members, shares, out, module=module, loader=loader, batches=batches)
     return Averaged(out, tuple(member.path for member in members), skipped)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -153,12 +153,19 @@ class PredictionEnsemble(LightningModule):
             ) from error
 
     def _stack_members(self) -> dict[str, Tensor]:
-        known = {*dict(self._caller.module.named_parameters()), *dict(self._caller.module.named_buffers())}
-        return {
-            f"module.{name}": torch.stack([member.tensor(name) for member in self.members]).to(self.device)
+        known = {**dict(self._caller.module.named_parameters()), **dict(self._caller.module.named_buffers())}
+        return {  # in the module's own dtype, to which a member that is loaded alone is cast as well
+            f"module.{name}": torch.stack([member.tensor(name) for member in self.members]).to(
+                self.device, known[name].dtype
+            )
             for name in self.members[0].weights
             if name in known
         }
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """Let go of what was read: it is read again where, and in which dtype, the module is then."""
+        self._stack, self._held = {}, None
+        return super()._apply(*arguments, **options)  # type: ignore[no-any-return, no-untyped-call]
 
     def _stacks(self) -> bool:
         if self.loading != "auto":

@@ -2,10 +2,10 @@
 
 import math
 import secrets
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import greedy_selection
 from lightning_tricks.inference._adapters import AdapterMerger
 from lightning_tricks.inference._members import checked_paths, open_members
+from lightning_tricks.inference._statistics import checked_source
 from lightning_tricks.inference.averaging import average_members, checked_out
 
 __all__ = ["Soup", "greedy_soup"]
@@ -28,6 +29,7 @@ class Soup:
         members: what is in it, best first.
         rejected: what is not, and why.
         scores: each member's own score.
+        skipped: those left out by `skip_bad` before anything was scored, and why.
     """
 
     path: Path
@@ -35,6 +37,7 @@ class Soup:
     members: tuple[Path, ...]
     rejected: dict[Path, str]
     scores: dict[Path, float]
+    skipped: Mapping[Path, str] = field(default_factory=dict)
 
 
 def greedy_soup(
@@ -43,8 +46,11 @@ def greedy_soup(
     out: str | Path,
     *,
     mode: Literal["min", "max"] = "max",
+    skip_bad: bool = False,
     ignore: Collection[str] = (),
     module: nn.Module | None = None,
+    loader: Iterable[Any] | None = None,
+    batches: int = 100,
 ) -> Soup:
     """Average checkpoints one after another, best first, and keep each that does not make the mean score worse.
 
@@ -58,11 +64,16 @@ def greedy_soup(
             judge the result by others still. The file is deleted afterwards.
         out: the `.ckpt` or `.safetensors` file to write.
         mode: `max` if a higher score is better, `min` if a lower one is.
+        skip_bad: as for `average_checkpoints`.
         ignore: as for `average_checkpoints`.
         module: as for `average_checkpoints`.
+        loader: as for `average_checkpoints`, and read anew for each mean that is scored: not an iterator. A member by
+            itself keeps its own running statistics.
+        batches: as for `average_checkpoints`.
 
     Raises:
-        MisconfigurationError: for no path, another mode, or a score that is no number.
+        MisconfigurationError: for no path, another mode, a score that is no number, or a `loader` that can be read
+            only once.
         CheckpointError: as `average_checkpoints`, before anything is scored; or if no score is finite.
 
     Example:
@@ -81,14 +92,26 @@ def greedy_soup(
     """
     if mode not in ("min", "max"):
         raise MisconfigurationError(f"`mode` must be 'min' or 'max', got {mode!r}.")
-    chosen, out = checked_paths(paths), checked_out(out, paths)
-    if len(set(chosen)) < len(chosen):
-        raise MisconfigurationError(f"a checkpoint is given twice: {', '.join(map(str, chosen))}.")
-    members, _ = open_members(chosen, AdapterMerger(module), ignore=ignore)
+    given, out = checked_paths(paths), checked_out(out, paths)
+    if len(set(given)) < len(given):
+        raise MisconfigurationError(f"a checkpoint is given twice: {', '.join(map(str, given))}.")
+    checked_source(module, loader, batches)
+    if isinstance(loader, Iterator):
+        raise MisconfigurationError(
+            f"`loader` is a {type(loader).__name__}, which can be read once, and each mean needs it: pass the loader"
+            " itself, or a list of batches."
+        )
+    members, skipped = open_members(given, AdapterMerger(module), ignore=ignore, skip_bad=skip_bad)
+    chosen = [member.path for member in members]
     trial = out.with_name(f".soup-{secrets.token_hex(4)}{out.suffix}")
 
+    def mix(places: list[int], to: Path) -> None:
+        source = loader if len(places) > 1 else None  # a member by itself has statistics of its own
+        shares = [1.0] * len(places)
+        average_members([members[place] for place in places], shares, to, module=module, loader=source, batches=batches)
+
     def score_together(places: list[int]) -> float:
-        average_members([members[place] for place in places], [1.0] * len(places), trial)
+        mix(places, trial)
         return _number(score(trial))
 
     try:
@@ -96,7 +119,7 @@ def greedy_soup(
         if not any(map(math.isfinite, scores)):
             raise CheckpointError(f"no checkpoint has a finite score: {scores}. Nothing is written.")
         found = greedy_selection(scores, score_together, mode=mode)
-        average_members([members[place] for place in found.chosen], [1.0] * len(found.chosen), out)
+        mix(found.chosen, out)
     finally:
         trial.unlink(missing_ok=True)
     return Soup(
@@ -105,6 +128,7 @@ def greedy_soup(
         tuple(chosen[place] for place in found.chosen),
         {chosen[place]: _reason(value) for place, value in found.tried.items()},
         dict(zip(chosen, scores, strict=True)),
+        skipped,
     )
 
 

@@ -19,6 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+_INPUTS = ("hidden_states", "input", "x", "query")  # what modules call it that they read, called by keywords
 ATTRIBUTE = "bottlenecks"  # under which a module holds its adapters
 
 
@@ -86,7 +87,7 @@ class Bottlenecks(AdaptedLayer):
             return present
         made = cls(inputs, outputs)
         host.add_module(ATTRIBUTE, made)
-        host.register_forward_hook(_apply)
+        host.register_forward_hook(_apply, with_kwargs=True)
         return made
 
     def _create(self, name: str, options: Block | Fusion) -> None:
@@ -122,11 +123,17 @@ class Bottlenecks(AdaptedLayer):
         """There is no weight that could hold a nonlinear adapter; the method refuses before it comes to this."""
         raise MisconfigurationError("a bottleneck adapter is nonlinear and cannot be merged: keep it beside the base.")
 
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+    def reads_inputs(self) -> bool:
+        """Whether an active adapter, or one that is fused, is parallel to the module."""
+        active = [self.adapters[name] for name in self.active]
+        fused = [self.adapters[name] for options in active if isinstance(options, Fusion) for name in options.names]
+        return any(isinstance(options, Block) and options.parallel for options in active + fused)
+
+    def forward(self, x: Tensor | None, out: Tensor) -> Tensor:
         """The module's output with the active adapters.
 
         Args:
-            x: what the module read, of shape (..., inputs).
+            x: what the module read, of shape (..., inputs); None if no adapter needs it.
             out: what it gave, of shape (..., outputs).
         """
         total = out
@@ -136,15 +143,16 @@ class Bottlenecks(AdaptedLayer):
             total = total + weight * change
         return total
 
-    def _change(self, name: str, x: Tensor, out: Tensor) -> Tensor:
-        options, read = self.adapters[name], x if self.adapters[name].parallel else out
+    def _change(self, name: str, x: Tensor | None, out: Tensor) -> Tensor:
+        options = self.adapters[name]
+        read: Any = x if options.parallel else out
         parts = (self.own(kind, name).to(read.dtype) for kind in ("down", "down_bias", "up", "up_bias"))
         down, down_bias, up, up_bias = parts
         inner = _ACTIVATIONS[options.activation](F.linear(read, down, down_bias))
         change: Tensor = F.linear(inner, up, up_bias) * options.scale
         return change.to(out.dtype)
 
-    def _fused(self, name: str, options: Fusion, x: Tensor, out: Tensor) -> Tensor:
+    def _fused(self, name: str, options: Fusion, x: Tensor | None, out: Tensor) -> Tensor:
         changes = torch.stack([self._change(other, x, out) for other in options.names], dim=-2)
         query, key, value = (self.own(kind, name).to(out.dtype) for kind in ("query", "key", "value"))
         scores = (F.linear(changes, key) * F.linear(out, query).unsqueeze(-2)).sum(-1, keepdim=True)
@@ -152,10 +160,15 @@ class Bottlenecks(AdaptedLayer):
         return fused.to(out.dtype)
 
 
-def _apply(host: nn.Module, arguments: tuple[Any, ...], out: Any) -> Any:
+def _apply(host: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any) -> Any:
     """The hook of a module with bottleneck adapters. Attention gives several things, of which the first is meant."""
     adapters: Bottlenecks = getattr(host, ATTRIBUTE)
-    x = arguments[0] if arguments else None
+    x = arguments[0] if arguments else next((named[key] for key in _INPUTS if key in named), None)
+    if x is None and adapters.reads_inputs():
+        raise MisconfigurationError(
+            f"a parallel adapter reads what its {type(host).__name__} reads, which was called with "
+            f"{', '.join(named) or 'nothing'}: call it with its input first, or name a module within it."
+        )
     if isinstance(out, tuple):
         return (adapters(x, out[0]), *out[1:])
     return adapters(x, out)

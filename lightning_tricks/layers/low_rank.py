@@ -102,10 +102,13 @@ class LowRankLayer(AdaptedLayer):
     def _start_at_principal_part(self, name: str) -> None:
         options, down, up = self.adapters[name], self.own("lora_A", name), self.own("lora_B", name)
         weight = self.as_matrix(whole(cast(Tensor, self.weight))).float()
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        root = (values[: options.rank] / options.scale).sqrt()
-        down.copy_(root[:, None] * right[: options.rank])
-        up.copy_((left[:, : options.rank] * root).t())
+        start, rank = 0, options.rank
+        for number, (first, last) in enumerate(options.slices or ((0, weight.shape[0]),)):
+            left, values, right = torch.linalg.svd(weight[first:last], full_matrices=False)
+            root = (values[:rank] / options.scale).sqrt()
+            down[number * rank : (number + 1) * rank].copy_(root[:, None] * right[:rank])
+            up[:, start : start + last - first].copy_((left[:, :rank] * root).t())
+            start += last - first
         for kind, value in (("lora_A_start", down), ("lora_B_start", up)):
             key = kind if name == "default" else f"{kind}_{name}"
             self.register_buffer(key, value.detach().clone())
@@ -117,17 +120,20 @@ class LowRankLayer(AdaptedLayer):
     def assemble(self, name: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """`factors`, of given values of `lora_A` and `lora_B`."""
         options = self.adapters[name]
+        wide = self._spread(options.slices, up)
         if options.init == "pissa":
-            down = torch.cat((down, self.own("lora_A_start", name)))
-            up = torch.cat((up, -self.own("lora_B_start", name)))
-        if options.slices:
-            outputs, blocks, start = self.matrix_shape()[0], [], 0
-            for first, last in options.slices:
-                block = up[:, start : start + last - first]
-                blocks.append(nn.functional.pad(block, (first, outputs - last)))
-                start += last - first
-            up = torch.cat(blocks)
-        return down, up
+            before = self._spread(options.slices, self.own("lora_B_start", name).to(up.device))
+            return torch.cat((down, self.own("lora_A_start", name).to(down.device))), torch.cat((wide, -before))
+        return down, wide
+
+    def _spread(self, slices: tuple[tuple[int, int], ...], up: Tensor) -> Tensor:
+        """`lora_B` over all outputs: for each slice, rows that are zero outside it."""
+        outputs, blocks, start = self.matrix_shape()[0], [], 0
+        for first, last in slices:
+            block = up[:, start : start + last - first]
+            blocks.append(nn.functional.pad(block, (first, outputs - last)))
+            start += last - first
+        return torch.cat(blocks) if blocks else up
 
     def merged_values(self) -> dict[str, Tensor]:
         """The weight with the active adapters in it, computed in fp32 or wider, at the weight's own precision."""

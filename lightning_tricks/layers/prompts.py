@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_tricks.engines._activation_checkpointing import recomputes
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.layers.adapted import AdaptedLayer
 
@@ -130,6 +131,8 @@ def _before(host: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any
         return None
     _refuse(host, arguments, named)
     (options,) = (prompts.adapters[name] for name in prompts.active)
+    if isinstance(options, Prefix):
+        _refuse_recomputing(host)
     named = dict(named)
     tokens = named.get("input_ids")
     given = tokens if tokens is not None else named.get("inputs_embeds")
@@ -204,6 +207,18 @@ def _after(host: Any, _arguments: tuple[Any, ...], named: dict[str, Any], out: A
         if value is not None and value.dim() == 3 and value.shape[1] == embedded.shape[1]:
             out[key] = value[:, options[0].tokens :]
     return out
+
+
+def _refuse_recomputing(host: Any) -> None:
+    """What is computed again is computed without the cache, or adds to it a second time."""
+    if not host.training:
+        return
+    if recomputes(host) or any(getattr(part, "gradient_checkpointing", False) for part in host.modules()):
+        raise MisconfigurationError(
+            f"a prefix goes through the cache, which activation checkpointing leaves out, and {type(host).__name__} "
+            "trains with it: turn it off (`gradient_checkpointing_disable()`, or the strategy's "
+            "`activation_checkpointing=None`), or use PromptTuning."
+        )
 
 
 def _refuse(host: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Finding the layers that an adapter is for."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -11,11 +11,13 @@ from torch import nn
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import is_glob, path_matches
 from lightning_tricks.layers.adapted import AdaptedLayer
+from lightning_tricks.layers.fused import ranges
 
 __all__ = ["Target", "find_linears", "find_targets", "plain_type"]
 
+# What heads are called that are made anew for a task; a language model's own head is pretrained.
+HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head")
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
-_PARTS = {"q": 0, "k": 1, "v": 2}  # of a fused projection: three equal parts, in this order
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,16 @@ class Target:
     layer: nn.Module
     slices: tuple[tuple[int, int], ...] = ()
 
+    def sizes(self) -> tuple[int, int]:
+        """The numbers of outputs and inputs of its weight, seen as a matrix."""
+        layer = self.layer
+        if isinstance(layer, nn.Embedding):
+            return layer.embedding_dim, layer.num_embeddings
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
+            return layer.out_channels, layer.in_channels * math.prod(layer.kernel_size)
+        outputs = int(getattr(layer, "out_features", 0) or getattr(layer, "nf", 0))
+        return outputs, int(getattr(layer, "in_features", 0) or getattr(layer, "nx", 0))
+
 
 def find_targets(module: nn.Module, targets: Sequence[str]) -> dict[str, Target]:
     """The layers inside `module` that `targets` select, by name.
@@ -38,9 +50,9 @@ def find_targets(module: nn.Module, targets: Sequence[str]) -> dict[str, Target]
         module: the module to look in.
         targets: patterns over the dotted names inside `module`: the last name (`query`), several names
             (`self.query`), or a glob (`layer.[0-3].*.query`; `*` alone is every linear layer). `all-linear` is every
-            linear layer but an output embedding and what its owner never calls; `attention` every linear layer inside
-            a module whose class says Attention. After a colon, parts of a fused projection: `c_attn:q,v`, or ranges
-            of its outputs, `qkv_proj:0-1024,2048-3072`.
+            linear layer but a Hugging Face model's head and what its owner never calls; `attention` every linear layer
+            inside a module whose class says Attention. After a colon, parts of a fused projection whose outputs are all
+            of q, then all of k, then all of v: `c_attn:q,v`; or ranges of its outputs, `qkv_proj:0-1024,2048-3072`.
 
     Returns:
         The layers in the module's order, each once.
@@ -57,13 +69,16 @@ def find_targets(module: nn.Module, targets: Sequence[str]) -> dict[str, Target]
         ((0, 2), (4, 6))
     """
     found: dict[str, Target] = {}
+    modules = dict(module.named_modules())
     for target in targets:
         pattern, _, parts = target.partition(":")
         for name, layer in _select(module, pattern):
-            found[name] = Target(layer, _slices(name, layer, parts) if parts else ())
-    modules = dict(module.named_modules())
+            found[name] = Target(layer)
+            if parts:
+                found[name] = Target(layer, _slices(name, found[name], parts, modules[name.rpartition(".")[0]]))
     for name in found:
-        _refuse_uncalled(name, modules)
+        refuse_uncalled(name, modules)
+        _refuse_subclass(name, modules[name])
     return {name: found[name] for name in modules if name in found}
 
 
@@ -140,14 +155,13 @@ def _select(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _resolve(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    find_head: Any = getattr(module, "get_output_embeddings", None)
-    head = find_head() if find_head is not None else None
+    heads = _heads(module)
     attentions = [name for name, m in module.named_modules() if "Attention" in type(m).__name__]
     chosen = []
     for name, layer in module.named_modules():
         called = type(layer) is not nn.modules.linear.NonDynamicallyQuantizableLinear
         inside = pattern == "all-linear" or any(name.startswith(f"{outer}.") or not outer for outer in attentions)
-        if is_linear(layer) and called and inside and layer is not head:
+        if is_linear(layer) and called and inside and id(layer) not in heads:
             chosen.append((name, layer))
     if not chosen:
         raise MisconfigurationError(
@@ -156,28 +170,23 @@ def _resolve(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
     return chosen
 
 
-def _slices(name: str, layer: nn.Module, parts: str) -> tuple[tuple[int, int], ...]:
-    if not is_linear(layer):
-        raise MisconfigurationError(f"`{name}` is a {type(layer).__name__}: only a linear layer has parts.")
-    outputs = int(getattr(layer, "out_features", 0) or getattr(layer, "nf", 0))
-    found = tuple(sorted(_range(name, part.strip(), outputs) for part in parts.split(",")))
-    overlap = any(before[1] > after[0] for before, after in pairwise(found))
-    if overlap or any(not 0 <= start < stop <= outputs for start, stop in found):
-        raise MisconfigurationError(f"the parts {parts!r} of `{name}` overlap, or leave its {outputs} outputs.")
+def _heads(module: nn.Module) -> set[int]:
+    """The layers of the heads of Hugging Face's models inside: a language model's, or the new ones for a task."""
+    found = set()
+    for model in module.modules():
+        find: Any = getattr(model, "get_output_embeddings", None)
+        if find is None:
+            continue
+        head = find()
+        new = [child for name, child in model.named_children() if name in HEADS]
+        found |= {id(layer) for top in ([head] if head is not None else new) for layer in top.modules()}
     return found
 
 
-def _range(name: str, part: str, outputs: int) -> tuple[int, int]:
-    if part in _PARTS:
-        if outputs % 3:
-            raise MisconfigurationError(
-                f"`{name}` has {outputs} outputs, which are not three equal parts: write ranges, as in `0-1024`."
-            )
-        return outputs // 3 * _PARTS[part], outputs // 3 * (_PARTS[part] + 1)
-    start, dash, stop = part.partition("-")
-    if not (dash and start.isdigit() and stop.isdigit()):
-        raise MisconfigurationError(f"{part!r} is no part of `{name}`: write q, k or v, or a range, as in `0-1024`.")
-    return int(start), int(stop)
+def _slices(name: str, target: Target, parts: str, owner: nn.Module) -> tuple[tuple[int, int], ...]:
+    if not is_linear(target.layer):
+        raise MisconfigurationError(f"`{name}` is a {type(target.layer).__name__}: only a linear layer has parts.")
+    return ranges(name, target.sizes(), parts, owner)
 
 
 def _candidates(module: nn.Module) -> str:
@@ -194,14 +203,21 @@ def grouped(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in Counter(names).items())
 
 
-def _refuse_uncalled(name: str, modules: dict[str, nn.Module]) -> None:
+def refuse_uncalled(name: str, modules: dict[str, nn.Module]) -> None:
+    """Refuse a layer whose owner reads its weight without calling it.
+
+    Raises:
+        MisconfigurationError: if it is one.
+    """
     owner, _, last = name.rpartition(".")
     if isinstance(modules[owner], nn.MultiheadAttention) and last == "out_proj":
         raise MisconfigurationError(
             f"`{name}` belongs to torch.nn.MultiheadAttention, which reads its weight without calling it: an adapter "
             "there would never be trained. Leave `out_proj` out of the targets; a glob can name the others."
         )
-    layer = modules[name]
+
+
+def _refuse_subclass(name: str, layer: nn.Module) -> None:
     if not (_is_adaptable(type(layer)) or isinstance(layer, AdaptedLayer)):
         raise MisconfigurationError(
             f"`{name}` is a {type(layer).__name__}, a subclass of torch.nn.{_base(layer)} with ways of its own: only "

@@ -1,12 +1,13 @@
 """What a module with adapters does when it is set up, saved and loaded."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_tricks.mixins._adapting import Adapter, records
 from lightning_tricks.mixins._footprint import trainable_report
 from lightning_tricks.mixins._frozen_base import FrozenBase
+from lightning_tricks.mixins._frozen_norms import keep_norms_still
 from lightning_tricks.mixins._records import require_same_records
 from lightning_tricks.mixins._selection import require_unmerged
 
@@ -24,8 +25,22 @@ class AdapterCheckpoints(_Base):
     _frozen_base: FrozenBase
     _adapted: dict[str, dict[str, Adapter]]
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, but for batch normalisations of a frozen base, which keep the statistics that they have."""
+        super().train(mode)
+        if mode and "_frozen_base" in self.__dict__:
+            for prefix in self._frozen_base.prefixes:
+                keep_norms_still(self.get_submodule(prefix))
+        return self
+
+    def on_fit_start(self) -> None:
+        """Say what is trained, now that `configure_model` has had its say as well."""
+        super().on_fit_start()
+        if "_adapted" in self.__dict__:
+            rank_zero_info(f"{type(self).__name__}: {trainable_report(self)}")
+
     def setup(self, stage: str) -> None:
-        """Say what is trained, and look at the base anew: it may have been replaced since the last run.
+        """Look at the base anew: it may have been replaced since the last run.
 
         Raises:
             MisconfigurationError: if a fit begins while adapters are merged.
@@ -33,8 +48,6 @@ class AdapterCheckpoints(_Base):
         super().setup(stage)
         if stage == "fit":
             require_unmerged(self, "train")
-            if "_adapted" in self.__dict__:
-                rank_zero_info(f"{type(self).__name__}: {trainable_report(self)}")
         if "_frozen_base" in self.__dict__:
             self._frozen_base.forget()
 

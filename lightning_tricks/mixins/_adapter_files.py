@@ -11,12 +11,15 @@ from lightning_tricks.engines import ranks, whole
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import fingerprint, same_fingerprint
 from lightning_tricks.layers import AdaptedLayer, PackedWeight, adapted_layers, packed_layers
+from lightning_tricks.mixins._adapter_agreement import require_agreement, require_own_modules, require_whole_places
 from lightning_tricks.mixins._adapter_folder import AdapterFolder, read_folder, write_folder
 from lightning_tricks.mixins._adapting import path_of
+from lightning_tricks.mixins._method import layers_of
 from lightning_tricks.mixins._peft_export import exported
-from lightning_tricks.mixins._peft_fill import fill
-from lightning_tricks.mixins._peft_method import method_of
+from lightning_tricks.mixins._peft_fill import fill, given_by, own_tensors, require_fit
+from lightning_tricks.mixins._peft_method import method_of, require_copies
 from lightning_tricks.mixins._small_base import Base
+from lightning_tricks.mixins._switching import activate, is_fitting
 from lightning_tricks.storage import write_weights
 
 __all__ = ["export_merged", "load_adapter", "save_adapter"]
@@ -33,24 +36,49 @@ def save_adapter(owner: Any, folder: Path, name: str) -> None:
         for key, value in owner._frozen_base.fingerprints(owner).items()
         if key.startswith(start)
     }
+    users: dict[int, list[str]] = {}
+    for key, parameter in module.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(key)
+    tied = [keys for keys in users.values() if len(keys) > 1]
+    flipped = [path for path, layer in layers_of(module, name).items() if _is_transposed(layer)]
     if ranks()[0] == 0:
-        write_folder(Path(folder), AdapterFolder(config, tensors, base))
+        write_folder(Path(folder), AdapterFolder(config, tensors, base, tied=tied, transposed=flipped))
+
+
+def _is_transposed(layer: AdaptedLayer) -> bool:
+    return bool(getattr(layer, "transposed", False)) or getattr(layer, "output_axis", 0) == 1
 
 
 def load_adapter(owner: Any, folder: Path, name: str, module: nn.Module, base: Base | None) -> None:
     """Read an adapter into `module`, which gets it if it has none of this name."""
     content = read_folder(folder)
-    method, trainable = method_of(content)
+    method, trained = method_of(content)
     _require_the_base(content, module)
     held = owner.__dict__.get("_adapted", {}).get(path_of(owner, module), {})
-    if name not in held:
-        owner.adapt(module, method, trainable=trainable, name=name, base=base)
-    elif type(held[name].method) is not type(method):
-        raise CheckpointError(
-            f"{folder} holds a {type(method).__name__} adapter, and {name!r} is a {type(held[name].method).__name__} "
-            "here: load it under another name."
+    given = given_by(content)
+    require_whole_places(owner, module, name)
+    if name in held:
+        require_agreement(content, method, held[name].method, module, name)
+        wanted = {key: tuple(value.shape) for key, value in own_tensors(module, name).items()}
+        _require_switchable(owner, module, name)
+    else:
+        wanted = method.shapes(method.plan(module, name))
+    require_fit(content, module, wanted, given)
+    require_own_modules(content, module, {key: given[key] for key in trained}, held, name)
+    if name in held:
+        activate(module, {name: 1.0})
+    else:
+        parameters = dict(module.named_parameters())
+        owner.adapt(module, method, trainable=[key for key in trained if key in parameters], name=name, base=base)
+    fill(module, name, given)
+
+
+def _require_switchable(owner: Any, module: nn.Module, name: str) -> None:
+    if is_fitting(owner) and any(layer.active != {name: 1.0} for layer in layers_of(module, name).values()):
+        raise MisconfigurationError(
+            f"a fit is running, whose optimizer holds the active adapters' parameters, and {name!r} is at rest: load "
+            "it before the fit."
         )
-    fill(module, name, content)
 
 
 def export_merged(path: Path, module: nn.Module) -> None:
@@ -117,10 +145,15 @@ def _prefix_of(owner: Any, name: str) -> str:
 def _require_the_base(content: AdapterFolder, module: nn.Module) -> None:
     present = dict(module.named_parameters(remove_duplicate=False))
     packed = {f"{path}.weight".lstrip("."): layer.original for path, layer in packed_layers(module)}
+
+    def find(key: str) -> dict[str, str] | None:
+        return packed[key] if key in packed else fingerprint(whole(present[key])) if key in present else None
+
+    require_copies(content, find)
     for key, expected in content.base.items():
-        if key not in present and key not in packed:
+        found = find(key)
+        if found is None:
             raise CheckpointError(f"{content.path} was trained beside a `{key}`, and this module has none.")
-        found = packed[key] if key in packed else fingerprint(whole(present[key]))
         if not same_fingerprint(expected, found):
             raise CheckpointError(
                 f"`{key}` is not the tensor that the adapter in {content.path} was trained on (there {expected}, here "

@@ -28,12 +28,16 @@ class AdapterFolder:
         tensors: by the names of the base, without peft's prefix.
         base: fingerprints of the base's frozen tensors; empty if the folder does not say.
         path: where it was read from.
+        tied: names of the base's tensors that are one and the same, those of each together.
+        transposed: the linear layers whose weight is (inputs, outputs); None if the folder does not say.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     base: dict[str, dict[str, str]] = field(default_factory=dict)
     path: Path = Path()
+    tied: list[list[str]] = field(default_factory=list)
+    transposed: list[str] | None = None
 
 
 def write_folder(folder: Path, content: AdapterFolder) -> None:
@@ -45,7 +49,7 @@ def write_folder(folder: Path, content: AdapterFolder) -> None:
     learned = {_outside(name): tensor.contiguous() for name, tensor in content.tensors.items()}
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in learned.items()}
     write_weights(folder / WEIGHTS, layout, learned.items(), {"format": "pt"})
-    _write_json(folder / NOTES, {"base": content.base})
+    _write_json(folder / NOTES, {"base": content.base, "tied": content.tied, "transposed": content.transposed})
     _write_json(folder / CONFIG, content.config)
 
 
@@ -71,8 +75,8 @@ def read_folder(folder: Path) -> AdapterFolder:
         raise CheckpointError(f"{folder / CONFIG} does not say `peft_type`: it is not the configuration of an adapter.")
     file = WeightsFile(folder / WEIGHTS)
     tensors = {name.removeprefix(PREFIX): file.tensor(name) for name in file.names}
-    base = _read_json(folder / NOTES).get("base", {}) if (folder / NOTES).is_file() else {}
-    return AdapterFolder(config, tensors, base, folder)
+    notes = _read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    return AdapterFolder(config, tensors, notes.get("base", {}), folder, notes.get("tied", []), notes.get("transposed"))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ from lightning_tricks.layers import leave_fast_path
 from lightning_tricks.mixins import _selection as selection
 from lightning_tricks.mixins import _small_base as small_base
 from lightning_tricks.mixins._frozen_base import FrozenBase
-from lightning_tricks.mixins._method import Method
+from lightning_tricks.mixins._frozen_norms import keep_norms_still
+from lightning_tricks.mixins._method import Method, layers_of
 from lightning_tricks.mixins._switching import activate
 
 __all__ = ["Adapter", "adapt", "leave_out", "path_of", "records"]
@@ -67,6 +68,7 @@ def leave_out(owner: Any, prefix: str) -> None:
     if "_frozen_base" not in owner.__dict__:
         owner._frozen_base = FrozenBase(owner)
     owner._frozen_base.add(prefix)
+    keep_norms_still(owner.get_submodule(prefix))
 
 
 def path_of(owner: Any, module: nn.Module) -> str:
@@ -93,8 +95,14 @@ def records(owner: Any) -> dict[str, dict[str, Any]]:
 
 
 def _record(module: nn.Module, name: str, method: Method) -> dict[str, Any]:
-    base = {"base": small_base.kept_as(module, name)} if method.packs_base else {}
-    return {"method": type(method).__name__, **method.record(), **base}
+    own = {"base": small_base.kept_as(module, name), "parts": _parts(module, name)} if method.packs_base else {}
+    return {"method": type(method).__name__, **method.record(), **own}
+
+
+def _parts(module: nn.Module, name: str) -> dict[str, str]:
+    """Which outputs of fused projections an adapter changes: nothing in its tensors' shapes tells q from k."""
+    layers = {path: layer.adapters[name].slices for path, layer in layers_of(module, name).items()}
+    return {path: ",".join(f"{start}-{stop}" for start, stop in found) for path, found in layers.items() if found}
 
 
 def _require_together(prefix: str, methods: list[Method]) -> None:

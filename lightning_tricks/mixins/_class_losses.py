@@ -8,11 +8,15 @@ from torch import Tensor
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import class_loss_sums, weighted_cross_entropy_sums
 
-__all__ = ["ClassLoss", "CrossEntropy", "Focal", "LogitAdjusted"]
+__all__ = ["ClassLoss", "CrossEntropy", "Focal", "LogitAdjusted", "balances"]
 
 
 class ClassLoss(Protocol):
-    """A loss as two sums, whose quotient is its mean. One of your own is a class with this method."""
+    """A loss as two sums, whose quotient is its mean. One of your own is a class with this method.
+
+    If it corrects the imbalance of classes by itself, it says so by an attribute `balances = True`: it then gets equal
+    weights unless others are asked for, and a sampler or weights that correct once more are told of.
+    """
 
     def sums(
         self, logits: Tensor, targets: Tensor, weights: Tensor, prior: Tensor, ignore_index: int
@@ -23,7 +27,7 @@ class ClassLoss(Protocol):
             logits: scores of shape (N, K, ...).
             targets: class indices of shape (N, ...), or `ignore_index`.
             weights: of the classes, of shape (K,), or (L, 2) for L labels of two classes each.
-            prior: the logarithm of each class's share of the training set, of the weights' shape.
+            prior: the logarithm of each class's share of the training set, of the weights' shape; outside training 0.
             ignore_index: the target that counts for nothing.
         """
         ...
@@ -104,9 +108,9 @@ class Focal:
 class LogitAdjusted:
     """Cross-entropy of logits to which the classes' prior is added: the model learns scores for balanced classes.
 
-    The prior is added within this loss only: what the module's `forward` gives, in training and at inference, is not
-    adjusted, and its largest score is the decision that errs least over balanced classes. It corrects the imbalance by
-    itself: combine it with equal weights, `EffectiveNumber(0.0)`.
+    The prior is added within the training loss only: what the module's `forward` gives is not adjusted, and its largest
+    score is the decision that errs least over balanced classes. So validation's loss is the cross-entropy of those
+    plain scores. It corrects the imbalance by itself, and gets equal weights unless others are asked for.
 
     Args:
         tau: how much of the prior is added, 0 or more; 1 is consistent with the balanced error.
@@ -126,8 +130,24 @@ class LogitAdjusted:
         if not 0 <= self.tau < float("inf"):
             raise MisconfigurationError(f"`tau` must be finite and 0 or more, got {self.tau!r}: 1 is usual.")
 
+    @property
+    def balances(self) -> bool:
+        """Whether it corrects the imbalance by itself."""
+        return self.tau > 0
+
     def sums(
         self, logits: Tensor, targets: Tensor, weights: Tensor, prior: Tensor, ignore_index: int
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the targets' losses, and the sum of their weights."""
         return class_loss_sums(logits, targets, weights, offset=self.tau * prior, ignore_index=ignore_index)
+
+
+def balances(loss: ClassLoss) -> bool:
+    """Whether a loss says that it corrects the imbalance of classes by itself.
+
+    Example:
+        >>> from lightning_tricks.mixins._class_losses import Focal, LogitAdjusted, balances
+        >>> balances(LogitAdjusted()), balances(Focal())
+        (True, False)
+    """
+    return bool(getattr(loss, "balances", False))

@@ -1,7 +1,8 @@
-"""What weighing did for each class: its recall at the first validation of a fit, and at the last."""
+"""What weighing did for each class: its recall at the first validation of a fit, or before it, and at the last."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ class ClassRow:
     Args:
         count: examples in the training set.
         weight: of each of them.
-        before: recall at the first whole validation of the fit; NaN without an example of the class.
+        before: recall at the first whole validation of the fit; NaN without an example of the class. It is before
+            training if the sanity check is of all validation data.
         after: recall at the last one.
     """
 
@@ -32,6 +34,7 @@ class ClassRecalls:
     def __init__(self) -> None:
         self.first: list[float] | None = None
         self.last: list[float] | None = None
+        self.untrained = False  # whether the first was before training
         self._now: Tensor | None = None
 
     def add(self, logits: Tensor, targets: Tensor, classes: int, ignore_index: int, labels: bool) -> None:
@@ -57,7 +60,14 @@ class ClassRecalls:
         both = torch.stack([found, seen]).double()
         self._now = both if self._now is None else self._now + both
 
-    def close(self, classes: int, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device, keep: bool) -> None:
+    def close(
+        self,
+        classes: int,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        device: torch.device,
+        keep: bool,
+        untrained: bool = False,
+    ) -> None:
         """End a validation. Collective.
 
         Args:
@@ -65,6 +75,7 @@ class ClassRecalls:
             sum_over_ranks: adds up over all ranks.
             device: of the zeros of a rank that had no batch.
             keep: whether it was a whole one, of a fit.
+            untrained: whether that fit has yet to begin.
         """
         now = torch.zeros(2, classes, dtype=torch.float64, device=device) if self._now is None else self._now
         self._now = None
@@ -72,12 +83,25 @@ class ClassRecalls:
         if not keep or not seen.any():
             return
         recalls = [float(recall) for recall in found / seen]
-        self.first = recalls if self.first is None else self.first
+        if self.first is None:
+            self.first, self.untrained = recalls, untrained
         self.last = recalls
 
+    def state(self) -> list[Any]:
+        """What a checkpoint keeps."""
+        return [self.first, self.last, self.untrained]
 
-def table(rows: list[ClassRow]) -> str:
+    def load(self, state: list[Any]) -> None:
+        """Take it over."""
+        self.first, self.last, self.untrained = state
+
+
+def table(rows: list[ClassRow], untrained: bool = False) -> str:
     """The report, as lines of text.
+
+    Args:
+        rows: one for each class.
+        untrained: whether the first recalls are from before training, which the heading then says.
 
     Example:
         >>> from lightning_tricks.mixins._class_report import ClassRow, table
@@ -86,7 +110,8 @@ def table(rows: list[ClassRow]) -> str:
             0       90    0.50          1.00  0.97
             1       10    5.00          0.00  0.80
     """
-    lines = ["class    count  weight  recall first  last"]
+    heading = "recall before after" if untrained else "recall first  last"
+    lines = [f"class    count  weight  {heading}"]
     lines += [
         f"{index:5d} {row.count:8d} {row.weight:7.2f} {row.before:13.2f} {row.after:5.2f}"
         for index, row in enumerate(rows)

@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from lightning_tricks.errors import DataError
+from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional import (
     balanced_weights,
     checked_weights,
@@ -102,7 +103,8 @@ class ExplicitWeights:
     """Weights of your own.
 
     Args:
-        values: one for each class, above 0; or a JSON file that holds a list of them.
+        values: one for each class, above 0; for K labels one for those without and one for those with, the same two
+            for all labels, or K such pairs; or a JSON file that holds a list of them.
 
     Raises:
         DataError: for a file that cannot be read.
@@ -113,16 +115,27 @@ class ExplicitWeights:
         tensor([1.0000, 1.5000, 4.0000])
     """
 
-    values: Sequence[float] | str | Path
+    values: Sequence[float] | Sequence[Sequence[float]] | Tensor | str | Path
 
     def weights(self, counts: Counts) -> Tensor:
         """The weights, fp32, one for each of the counts."""
-        values = _from_file(Path(self.values)) if isinstance(self.values, str | Path) else self.values
-        return checked_weights(values, len(counts))
+        return checked_weights(self._values(), len(counts))
+
+    def of_labels(self, labels: int) -> Tensor:
+        """The weights of labels without and with each, fp32, of shape (labels, 2)."""
+        values = self._values()
+        if not (len(values) and all(isinstance(each, Sequence) or getattr(each, "ndim", 0) for each in values)):
+            return checked_weights(values, 2).repeat(labels, 1)
+        if len(values) != labels:
+            raise MisconfigurationError(f"`weights` must hold a pair for each of the {labels} labels, got {values!r}.")
+        return torch.stack([checked_weights(pair, 2) for pair in values])
+
+    def _values(self) -> Any:
+        return _from_file(Path(self.values)) if isinstance(self.values, str | Path) else self.values
 
 
-def _from_file(path: Path) -> Sequence[float]:
-    remedy = "It must be a JSON list with one weight for each class, such as [1.0, 1.5, 4.0]."
+def _from_file(path: Path) -> Sequence[Any]:
+    remedy = "It must be a JSON list with one weight for each class, such as [1.0, 1.5, 4.0], or a pair for each label."
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:

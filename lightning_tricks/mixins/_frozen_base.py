@@ -31,6 +31,11 @@ class FrozenBase:
         owner.register_load_state_dict_pre_hook(_note_prefix)  # type: ignore[no-untyped-call]
         owner.register_load_state_dict_post_hook(_tolerate_frozen)  # type: ignore[no-untyped-call]
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The modules' names."""
+        return tuple(self._prefixes)
+
     def add(self, prefix: str) -> None:
         """Count the module of this name in."""
         if prefix not in self._prefixes:

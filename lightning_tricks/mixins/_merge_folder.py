@@ -8,7 +8,8 @@ from torch import Tensor
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import fingerprint, path_matches, same_fingerprint
 from lightning_tricks.mixins._adapter_folder import AdapterFolder, read_folder
-from lightning_tricks.mixins._peft_method import method_of
+from lightning_tricks.mixins._peft_method import method_of, require_copies
+from lightning_tricks.mixins._transposed import transposed_layers
 from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA
 from lightning_tricks.storage import WeightsFile, write_weights
@@ -34,7 +35,7 @@ def merge_folder(folder: Path, base: Path, out: Path) -> int:
     content, weights = read_folder(folder), WeightsFile(base)
     if out.suffix != ".safetensors":
         raise MisconfigurationError(f"the merged file must end in .safetensors, got {str(out)!r}.")
-    changes = _changes(content)
+    changes = _changes(content, weights)
     _require_the_base(content, weights, changes)
 
     def entries() -> Iterator[tuple[str, Tensor]]:
@@ -56,7 +57,7 @@ class _LowRank:
         table = "lora_embedding_A" in self.parts
         down, up = (self.parts["lora_embedding_" + x if table else f"lora_{x}.weight"] for x in "AB")
         update = up.float().flatten(1) @ down.float().flatten(1)
-        flipped = table or (self.transposed and weight.dim() == 2)
+        flipped = table or self.transposed
         matrix = weight.float().t() if flipped else weight.float().flatten(1)
         merged = matrix + self.scale * update
         if (lengths := self.parts.get("lora_magnitude_vector")) is not None:
@@ -74,25 +75,23 @@ class _Scaled:
         return weight.float() * (self.factors.float().flatten() if weight.dim() == 1 else self.factors.float())
 
 
-def _changes(content: AdapterFolder) -> dict[str, "_LowRank | _Scaled"]:
+def _changes(content: AdapterFolder, weights: WeightsFile) -> dict[str, "_LowRank | _Scaled"]:
     method, others = method_of(content)
     if others:
         raise MisconfigurationError(
             f"{content.path} holds `{others[0]}` besides its adapters, a trained part of the model itself: load it in "
             "Python and use `export_merged`."
         )
-    transposed = bool(content.config.get("fan_in_fan_out", False))
     if isinstance(method, LoRA):
-        return {f"{path}.weight": _low_rank(content, method, path, transposed) for path in method.targets}
+        flipped = transposed_layers(content, weights, method.targets)
+        return {f"{path}.weight": _low_rank(content, method, path, path in flipped) for path in method.targets}
     if isinstance(method, IA3):
-        found = {f"{path}.weight": _Scaled(content.tensors[f"{path}.ia3_l"], transposed) for path in _paths(method)}
-        biases = {f"{path}.bias": _Scaled(content.tensors[f"{path}.ia3_l"], transposed) for path in method.targets}
+        paths = (*method.targets, *method.feedforward)
+        flipped = transposed_layers(content, weights, paths)
+        found = {f"{path}.weight": _Scaled(content.tensors[f"{path}.ia3_l"], path in flipped) for path in paths}
+        biases = {f"{path}.bias": _Scaled(content.tensors[f"{path}.ia3_l"], False) for path in method.targets}
         return {**found, **biases}
     raise MisconfigurationError(f"{type(method).__name__} cannot be merged: {method.reason}")
-
-
-def _paths(method: IA3) -> tuple[str, ...]:
-    return (*method.targets, *method.feedforward)
 
 
 def _low_rank(content: AdapterFolder, method: LoRA, path: str, transposed: bool) -> _LowRank:
@@ -111,10 +110,23 @@ def _of(values: float | Mapping[str, float], path: str) -> float:
 
 
 def _require_the_base(content: AdapterFolder, weights: WeightsFile, changes: Mapping[str, object]) -> None:
+    alike = {name: [other for other in names if other != name] for names in content.tied for name in names}
     for name in changes:
         if name not in weights.layout and not name.endswith(".bias"):
             raise CheckpointError(f"{weights.path} has no `{name}`, which the adapter in {content.path} changes.")
+        if name in weights.layout and alike.get(name):
+            raise MisconfigurationError(
+                f"`{name}` is `{alike[name][0]}` too, which the adapter in {content.path} does not change, and a merge "
+                "would: keep the adapter apart from its base."
+            )
+
+    def find(name: str) -> dict[str, str] | None:
+        return fingerprint(weights.tensor(name)) if name in weights.layout else None
+
+    require_copies(content, find)
     for name, expected in content.base.items():
+        if name not in weights.layout and any(other in weights.layout for other in alike.get(name, ())):
+            continue  # files of tied weights hold them under one name, which is looked at as well
         if name not in weights.layout or not same_fingerprint(expected, fingerprint(weights.tensor(name))):
             raise CheckpointError(
                 f"`{name}` in {weights.path} is not the tensor that the adapter in {content.path} was trained on: give "

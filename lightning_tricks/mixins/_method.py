@@ -22,6 +22,7 @@ class Method:
 
     mergeable: ClassVar[bool] = True  # into the base's own weights
     switchable: ClassVar[bool] = True  # off, so that the base alone computes
+    in_base: ClassVar[bool] = False  # whether what it trains is the base's own, so that there is nothing to merge
     packs_base: ClassVar[bool] = False  # whether it computes with its targets' weights itself, in however few bits
     reason: ClassVar[str] = ""  # why not, and what to do instead
 
@@ -36,6 +37,14 @@ class Method:
     def attach(self, module: nn.Module, name: str, plan: dict[str, Any]) -> None:
         """Put an adapter of this name in each place."""
         raise NotImplementedError
+
+    def shapes(self, plan: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes that a new adapter's tensors would have, by place and kind; of the methods that peft has."""
+        raise NotImplementedError
+
+    def options_by_layer(self) -> dict[str, Any]:
+        """What decides the meaning of each layer's values, where a folder's tensors named the layers one by one."""
+        return {}
 
     def record(self) -> dict[str, Any]:
         """Plain values with which trained adapters do not fit other ones."""

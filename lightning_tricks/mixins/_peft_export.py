@@ -30,8 +30,8 @@ def exported(method: Method, module: nn.Module, name: str) -> tuple[dict[str, An
         config, tensors = exported_prompt(module, name)
     else:
         raise MisconfigurationError(
-            f"peft has no {type(method).__name__}, so that its format cannot hold one: keep a checkpoint, or "
-            "`export_merged` for the whole model."
+            f"peft has no {type(method).__name__}, so that its format cannot hold one: keep a checkpoint"
+            f"{', or `export_merged` for the whole model' if method.in_base else ''}."
         )
     saved, others = _trained_beside(module)
     config |= {

@@ -11,34 +11,60 @@ from lightning_tricks.mixins._adapter_folder import AdapterFolder
 from lightning_tricks.mixins._method import layers_of
 from lightning_tricks.mixins._peft_method import beside, parts
 
-__all__ = ["fill"]
+__all__ = ["fill", "given_by", "own_tensors", "require_fit"]
 
 
-def fill(module: nn.Module, name: str, folder: AdapterFolder) -> None:
-    """Put the folder's tensors into the adapter of this name.
+def given_by(folder: AdapterFolder) -> dict[str, Tensor]:
+    """The folder's tensors under our names and in our layout, those of the base's own modules as they are."""
+    own = {_place(folder, path, kind): _ours(kind, t) for path, kind, t in parts(folder)}
+    return own | beside(folder)
+
+
+def require_fit(
+    folder: AdapterFolder, module: nn.Module, wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]
+) -> None:
+    """Whether the tensors fit the places of an adapter, which need not be there yet. Changes nothing.
+
+    Args:
+        folder: where they come from.
+        module: the base.
+        wanted: the shapes of the adapter's tensors.
+        given: the tensors.
 
     Raises:
         CheckpointError: if one is missing, too many, or has another shape.
     """
-    layers = layers_of(module, name)
-    wanted: dict[str, Tensor] = {}
-    for path, layer in layers.items():
-        wanted |= {f"{path}.{kind}": value for kind, value in layer.adapter_parameters(name).items()}
-    given = {_place(folder, path, kind): _ours(kind, t) for path, kind, t in parts(folder)}
-    others = beside(folder)
-    entries = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    wanted |= {key: entries[key] for key in others if key in entries}
-    given |= others
-    _require_the_same_names(folder, wanted, given)
-    with torch.no_grad():
-        for key, value in given.items():
-            if wanted[key].shape != value.shape:
-                raise CheckpointError(
-                    f"{folder.path}: `{key}` has the shape {list(value.shape)}, and this module's has "
-                    f"{list(wanted[key].shape)}."
-                )
-        for key, value in given.items():
-            wanted[key].copy_(value)
+    entries = _entries(module)
+    shapes = {**wanted, **{key: tuple(entries[key].shape) for key in beside(folder) if key in entries}}
+    _require_the_same_names(folder, shapes, given)
+    for key, value in given.items():
+        if shapes[key] != tuple(value.shape):
+            raise CheckpointError(
+                f"{folder.path}: `{key}` has the shape {list(value.shape)}, and this module's has {list(shapes[key])}."
+            )
+
+
+@torch.no_grad()
+def fill(module: nn.Module, name: str, given: Mapping[str, Tensor]) -> None:
+    """Put tensors that fit into the adapter of this name, and into the base's own modules."""
+    places: dict[str, Tensor] = own_tensors(module, name)
+    for key, entry in _entries(module).items():
+        places.setdefault(key, entry)
+    for key, value in given.items():
+        places[key].copy_(value)
+
+
+def own_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """The parameters of an adapter, by place and kind."""
+    return {
+        f"{path}.{kind}": value
+        for path, layer in layers_of(module, name).items()
+        for kind, value in layer.adapter_parameters(name).items()
+    }
+
+
+def _entries(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _place(folder: AdapterFolder, path: str, kind: str) -> str:

@@ -1,38 +1,28 @@
 """Which of our methods an adapter of peft's is, by its configuration and tensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_tricks.errors import CheckpointError
+from lightning_tricks.functional import fingerprint, same_fingerprint
 from lightning_tricks.mixins._adapter_folder import AdapterFolder
 from lightning_tricks.mixins._method import Method
+from lightning_tricks.mixins._peft_options import require_known_options
 from lightning_tricks.mixins.dora import DoRA
 from lightning_tricks.mixins.ia3 import IA3
 from lightning_tricks.mixins.lora import LoRA
 from lightning_tricks.mixins.prompts import PrefixTuning, PromptTuning
 
-__all__ = ["beside", "method_of", "parts"]
+__all__ = ["beside", "method_of", "parts", "require_copies"]
 
 
 _LOW_RANK = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)")
 _SCALED = re.compile(r"(.+)\.(ia3_l)")
 _PROMPT = re.compile("()(prompt_embeddings)")
 _KNOWN = {"LORA": _LOW_RANK, "IA3": _SCALED, "PROMPT_TUNING": _PROMPT, "PREFIX_TUNING": _PROMPT}
-# Options of peft's LoRA that change what its tensors mean, with the values at which they do not.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "megatron_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (False, None),
-    "use_qalora": (False, None),
-}
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start that do
 
 
 def method_of(folder: AdapterFolder) -> tuple[Method, tuple[str, ...]]:
@@ -47,26 +37,12 @@ def method_of(folder: AdapterFolder) -> tuple[Method, tuple[str, ...]]:
             f"{folder.path} holds an adapter of the type {kind!r}, which is unknown here: known are "
             f"{', '.join(sorted(_KNOWN))}."
         )
-    others = beside(folder)
-    saved = tuple(folder.config.get("modules_to_save") or ())
-    for key in others:
-        if not any(f".{key}".find(f".{module}.") >= 0 for module in saved):
-            raise CheckpointError(f"{folder.path} holds a tensor {key!r} that no adapter of the type {kind} has.")
-    method = _METHODS[kind](folder)
-    return method, tuple(others)
+    require_known_options(folder)
+    return _METHODS[kind](folder), tuple(beside(folder))
 
 
 def _low_rank_method(folder: AdapterFolder) -> Method:
     config = folder.config
-    for option, plain in _PLAIN.items():
-        if config.get(option, plain[0]) not in plain:
-            raise CheckpointError(f"{folder.path} was made with {option}={config[option]!r}, which has no counterpart.")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
-        raise CheckpointError(
-            f"{folder.path} starts by {start!r}, which changes the base itself: save it with peft's "
-            "`path_initial_model_for_weight_conversion`, which makes a plain LoRA of it."
-        )
     downs = {path: t for path, key, t in parts(folder) if key in ("lora_A.weight", "lora_embedding_A")}
     ranks = {path: int(t.shape[0]) for path, t in downs.items()}
     alphas = {
@@ -124,9 +100,41 @@ def parts(folder: AdapterFolder) -> list[tuple[str, str, Tensor]]:
 
 
 def beside(folder: AdapterFolder) -> dict[str, Tensor]:
-    """The tensors that are not the adapter's: what is trained of the base itself."""
+    """The tensors that are not the adapter's: what is trained of the base itself, in modules that the options name."""
+    return {key: tensor for key, tensor in _no_adapters(folder).items() if _is_saved(folder, key)}
+
+
+def require_copies(folder: AdapterFolder, find: Callable[[str], dict[str, str] | None]) -> None:
+    """All other tensors must be the base's own, as peft writes those of embeddings that are targets, or were resized.
+
+    Args:
+        folder: what was read.
+        find: the fingerprint of the base's tensor of a name; None if there is none.
+
+    Raises:
+        CheckpointError: naming a tensor that the base does not have, or has otherwise.
+    """
+    for key, tensor in _no_adapters(folder).items():
+        if _is_saved(folder, key):
+            continue
+        found = find(key.replace(".base_layer.", "."))
+        if found is None:
+            kind = folder.config["peft_type"]
+            raise CheckpointError(f"{folder.path} holds a tensor {key!r} that no adapter of the type {kind} has.")
+        if not same_fingerprint(fingerprint(tensor), found):
+            raise CheckpointError(
+                f"{folder.path} holds `{key}` of the base that it was trained on, and here that is another tensor: "
+                "use that base. If its embeddings were resized or trained there, save the base along with it."
+            )
+
+
+def _no_adapters(folder: AdapterFolder) -> dict[str, Tensor]:
     pattern = _KNOWN[folder.config["peft_type"]]
     return {key: tensor for key, tensor in folder.tensors.items() if not pattern.fullmatch(key)}
+
+
+def _is_saved(folder: AdapterFolder, key: str) -> bool:
+    return any(f".{module}." in f".{key}" for module in folder.config.get("modules_to_save") or ())
 
 
 def _require_targets(folder: AdapterFolder, paths: list[str]) -> None:

@@ -29,10 +29,22 @@ def require_same_records(here: Mapping[str, Mapping[str, Any]], record: Mapping[
 def _require_the_same(prefix: str, name: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     which = f"`{prefix}`" if name == "default" else f"`{prefix}` (adapter {name!r})"
     for option, value in recorded.items():
-        if here.get(option) != value:
+        if option == "parts":
+            _require_the_same_parts(which, value, here.get(option) or {})
+        elif here.get(option) != value:
             raise CheckpointError(
                 f"{which} was adapted with {option}={_told(value)} in this checkpoint, here with "
                 f"{option}={_told(here.get(option))}: adapt it with the options that the checkpoint was trained with."
+            )
+
+
+def _require_the_same_parts(which: str, recorded: Mapping[str, str], here: Mapping[str, str]) -> None:
+    for path in (*recorded, *here):
+        there, now = (parts.get(path, "all") for parts in (recorded, here))
+        if there != now:
+            raise CheckpointError(
+                f"{which} was adapted at the outputs {there} of `{path}` in this checkpoint, here at {now}: adapt it "
+                "with the targets that the checkpoint was trained with."
             )
 
 

@@ -9,10 +9,12 @@ from torch import nn
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import path_matches
 from lightning_tricks.layers import PackedWeight, adapted_layers, packed_layers
+from lightning_tricks.layers.targets import HEADS
 
 __all__ = [
     "require_ability",
     "require_identifier",
+    "require_in_weights",
     "require_mergeable",
     "require_unmerged",
     "require_unpacked",
@@ -21,9 +23,6 @@ __all__ = [
     "trainable",
     "warn_of_frozen_heads",
 ]
-
-# What heads are called that are made anew for a task; a language model's own head is pretrained.
-_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "head")
 
 
 def several(names: Sequence[str]) -> Sequence[str]:
@@ -97,6 +96,24 @@ def require_ability(owner: nn.Module, what: str, ability: str) -> None:
             raise MisconfigurationError(f"{type(method).__name__} cannot {what}: {method.reason}")
 
 
+def require_in_weights(owner: nn.Module, module: nn.Module) -> None:
+    """A file of plain weights has room for what is active only if weights can hold it.
+
+    Raises:
+        MisconfigurationError: naming the method of an active adapter of `module` that no weight can hold.
+    """
+    inside = {id(layer) for _, layer in adapted_layers(module)}
+    for prefix, held in vars(owner).get("_adapted", {}).items():
+        layers = [layer for _, layer in adapted_layers(owner.get_submodule(prefix)) if id(layer) in inside]
+        for name in dict.fromkeys(name for layer in layers for name in layer.active):
+            method = held[name].method if name in held else None
+            if method is not None and not method.mergeable:
+                raise MisconfigurationError(
+                    f"{type(method).__name__} cannot be merged, and a file of plain weights would leave the adapter "
+                    f"{name!r} out: {method.reason} For the base alone, export inside `adapters_disabled()`."
+                )
+
+
 def require_mergeable(owner: nn.Module) -> None:
     """Merging writes into weights: they must be whole, and nobody else's.
 
@@ -138,10 +155,12 @@ def _kept(layer: nn.Module) -> Any:
 
 
 def warn_of_frozen_heads(module: nn.Module) -> None:
-    """Say so when a head, most likely made anew, is frozen along with the pretrained part."""
+    """Say so when a head, most likely made anew, is frozen along with the pretrained part, adapted or not."""
+    held = [(layer, name) for _, layer in adapted_layers(module) for name in layer.adapters]
+    adapters = {id(p) for layer, name in held for p in layer.adapter_parameters(name).values()}
     for name, inner in module.named_modules():
-        parameters = list(inner.parameters())
-        if name.rpartition(".")[2] in _HEADS and parameters and not any(p.requires_grad for p in parameters):
+        parameters = [p for p in inner.parameters() if id(p) not in adapters]
+        if name.rpartition(".")[2] in HEADS and parameters and not any(p.requires_grad for p in parameters):
             rank_zero_warn(
                 f"`{name}` is inside the adapted module and frozen. If it is new, train it: trainable=({name!r},)."
             )

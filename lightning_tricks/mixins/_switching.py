@@ -10,7 +10,7 @@ from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.layers import adapted_layers
 from lightning_tricks.mixins._selection import require_ability, require_unmerged
 
-__all__ = ["activate", "disabled", "use"]
+__all__ = ["activate", "disabled", "is_fitting", "use"]
 
 
 def use(owner: Any, weights: Mapping[str, float]) -> None:
@@ -20,7 +20,7 @@ def use(owner: Any, weights: Mapping[str, float]) -> None:
         known, asked = ", ".join(owner.adapter_names), unknown[0] if unknown else weights
         raise MisconfigurationError(f"there is no adapter {asked!r}: there are {known}.")
     require_unmerged(owner, "switch")
-    if _is_fitting(owner):
+    if is_fitting(owner):
         raise MisconfigurationError(
             "a fit is running, whose optimizer holds the active adapters' parameters: switch between fits, or use "
             "`adapters_disabled()`."
@@ -53,6 +53,7 @@ def disabled(owner: Any) -> Iterator[None]:
             layer.active = active
 
 
-def _is_fitting(owner: Any) -> bool:
+def is_fitting(owner: Any) -> bool:
+    """Whether a fit of `owner` is running."""
     trainer = getattr(owner, "_trainer", None)
     return trainer is not None and (trainer.state.fn, trainer.state.status) == ("fit", "running")

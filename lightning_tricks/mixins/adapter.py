@@ -237,9 +237,11 @@ class AdapterMixin(AdapterCheckpoints):
             module: an adapted module of `self`; its keys in the file are its own.
 
         Raises:
-            MisconfigurationError: if a weight is sharded or shared with another layer.
+            MisconfigurationError: if an active adapter cannot be merged, or a weight is sharded or shared with another
+                layer.
             CheckpointError: if the disk refuses it.
         """
+        selection.require_in_weights(self, module)
         selection.require_mergeable(self)
         adapter_files().export_merged(Path(path), module)
 

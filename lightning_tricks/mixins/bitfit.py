@@ -41,6 +41,7 @@ class BitFit(Method):
     recorded: ClassVar[tuple[str, ...]] = ("targets",)
     mergeable: ClassVar[bool] = False
     switchable: ClassVar[bool] = False
+    in_base: ClassVar[bool] = True
     reason: ClassVar[str] = "it trains the base's own biases. Load the base again for the values before."
 
     def __post_init__(self) -> None:

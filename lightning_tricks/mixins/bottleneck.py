@@ -9,7 +9,7 @@ from torch import nn
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import path_matches
 from lightning_tricks.layers import Block, Bottlenecks, Fusion
-from lightning_tricks.layers.targets import is_linear
+from lightning_tricks.layers.targets import is_linear, refuse_uncalled
 from lightning_tricks.mixins._method import Method, require_targets
 
 __all__ = ["AdapterFusion", "Bottleneck"]
@@ -84,9 +84,10 @@ class Bottleneck(Method):
             MisconfigurationError: if a target selects nothing, a module whose widths cannot be told, or one with an
                 adapter of this name.
         """
-        hosts = self._hosts(module)
+        hosts, modules = self._hosts(module), dict(module.named_modules())
         plan = {}
         for path, host in hosts.items():
+            refuse_uncalled(path, modules)
             held = getattr(host, "bottlenecks", None)
             if isinstance(held, Bottlenecks) and name in held.adapters:
                 raise MisconfigurationError(f"`{path}` has an adapter {name!r} already: give this one another name.")
@@ -97,9 +98,10 @@ class Bottleneck(Method):
         """Put a bottleneck at each."""
         options = Block(self.width, self.activation, self.parallel, self.scale)
         for host, inputs, outputs in plan.values():
+            device = next(host.parameters()).device
             made = Bottlenecks.beside(host, inputs, outputs)
-            made.to(next(host.parameters()).device)
             made.add_adapter(name, options)
+            made.to(device)
 
     def _hosts(self, module: nn.Module) -> dict[str, nn.Module]:
         if isinstance(self.targets, str):

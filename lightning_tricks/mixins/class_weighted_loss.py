@@ -1,32 +1,46 @@
 """Class-weighted cross-entropy whose mean is the same however the data are spread over ranks and micro-batches."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_tricks.engines import Trick, engine_of, is_aside
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional import log_prior, two_class_logits
-from lightning_tricks.mixins._class_losses import ClassLoss, CrossEntropy
+from lightning_tricks.mixins._class_checks import (
+    Counts,
+    class_fault,
+    require_shapes,
+    warn_of_absent,
+    warn_of_two,
+    weights_of,
+)
+from lightning_tricks.mixins._class_losses import ClassLoss, CrossEntropy, balances
 from lightning_tricks.mixins._class_report import ClassRecalls, ClassRow, table
-from lightning_tricks.mixins._class_weights import Balanced, ClassWeights
+from lightning_tricks.mixins._class_weights import Balanced, ClassWeights, EffectiveNumber
 from lightning_tricks.mixins._normalizes_losses import DIVIDED_TWICE, NormalizesLosses
 from lightning_tricks.mixins._order import require_before_lightning_module
 
 __all__ = ["ClassWeightedLossMixin"]
 
-Counts = Sequence[int] | Sequence[Sequence[int]] | Tensor
-_BALANCED, _CROSS_ENTROPY = Balanced(), CrossEntropy()
-_HOLDS = ("no", "yes")  # of a label
-_RECALLS = "class_recalls"  # in a checkpoint: at the first validation, and at the last
+_CROSS_ENTROPY = CrossEntropy()
+_RECALLS = "class_recalls"  # in a checkpoint
 
 
-def _weighs(module: Any) -> bool:
-    weights = module._buffers.get("class_weights")
-    return weights is not None and (weights.is_meta or bool((weights != weights.flatten()[0]).any()))
+def _has_weights(module: Any) -> bool:
+    return "class_weights" in module._buffers
+
+
+def _corrects(module: Any) -> bool:
+    """Whether rare classes count more: by their weights, or by the loss itself."""
+    weights = module.class_weights
+    return balances(module._class_loss) or weights.is_meta or bool((weights != weights.flatten()[0]).any())
 
 
 class ClassWeightedLossMixin(NormalizesLosses):
@@ -37,7 +51,8 @@ class ClassWeightedLossMixin(NormalizesLosses):
     saved with the module.
 
     If `validation_step` uses it too, the fit's end logs a table: each class's count, weight, and recall at the first
-    and the last validation; `class_report()` gives it as data.
+    and the last validation; `class_report()` gives it as data. The first is before training where the sanity check is
+    of all validation data, as `Trainer(num_sanity_val_steps=-1)` has it, and otherwise comes after some of it.
 
     Example:
         >>> import lightning as L
@@ -58,7 +73,8 @@ class ClassWeightedLossMixin(NormalizesLosses):
         jobs=("balance classes",),
         needs=("scale_gradients", "sum_over_ranks", "veto_step"),
         rules=(DIVIDED_TWICE,),
-        used=_weighs,
+        used=_has_weights,
+        does=_corrects,
     )
     class_weights: Tensor
     class_counts: Tensor
@@ -71,7 +87,7 @@ class ClassWeightedLossMixin(NormalizesLosses):
         require_before_lightning_module(cls, ClassWeightedLossMixin)
 
     def weigh_classes(
-        self, counts: Counts, policy: ClassWeights = _BALANCED, *, loss: ClassLoss = _CROSS_ENTROPY
+        self, counts: Counts, policy: ClassWeights | None = None, *, loss: ClassLoss = _CROSS_ENTROPY
     ) -> None:
         """Set the weights of the classes, and the loss that they weigh.
 
@@ -79,21 +95,28 @@ class ClassWeightedLossMixin(NormalizesLosses):
             counts: examples per class in the training set (and in no other), of shape (K,); or for K labels, any number
                 of which may hold, those without and with each, of shape (K, 2). `data.count_classes` counts.
             policy: how counts become weights: `Balanced()`, `EffectiveNumber(0.999)`, `InverseSquareRoot()`,
-                `ExplicitWeights([...])`, or a rule of your own.
+                `ExplicitWeights([...])`, or a rule of your own. None: `Balanced()`; equal weights for a loss that
+                corrects the imbalance by itself.
             loss: `CrossEntropy(label_smoothing=0.1)`, `Focal(2.0)`, `LogitAdjusted(1.0)`, or one of your own.
 
         Raises:
             MisconfigurationError: if `counts` are not whole numbers of 0 or more, two at least, not all 0; or weights
-                do not fit them.
+                do not fit them, or are not finite and above 0.
+            DataError: if all examples are of one class.
         """
-        weights = _weights_of(counts, policy)
-        _warn_of_absent(counts, weights)
+        policy = policy or (EffectiveNumber(0.0) if balances(loss) else Balanced())
+        weights = weights_of(counts, policy)
+        warn_of_absent(counts, weights)
+        warn_of_two(policy, weights, loss)
         self.register_buffer("class_weights", weights)
         self.register_buffer("class_counts", torch.as_tensor(counts, device="cpu").long(), persistent=False)
         self._class_prior, self._class_loss, self._class_recalls = log_prior(counts), loss, ClassRecalls()
 
     def class_weighted_loss(self, logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
         """The weighted mean of the loss: the weighted sum over the sum of the weights, of all ranks together.
+
+        Outside training, where `self.training` is false, logits are taken as they are: the prior that `LogitAdjusted`
+        adds belongs to training alone. The loss is then that of the scores by which classes are decided.
 
         In training the mean is that of the whole optimizer step, its micro-batches included, as
         `LossNormalizationMixin.normalized_loss` says: what is logged in the training step, what adds nothing, and that
@@ -103,7 +126,7 @@ class ClassWeightedLossMixin(NormalizesLosses):
 
         Args:
             logits: scores of shape (N, K, ...), of any floating precision; the loss is computed in fp32. For labels,
-                of shape (N, K).
+                of shape (N, K). For two classes also of shape (N,): the second's score above the first's.
             targets: class indices, int64, of shape (N, ...), in [0, K) or equal to `ignore_index`. For labels, 0 or 1
                 (or `ignore_index`), int64, of shape (N, K).
             ignore_index: the target that counts for nothing.
@@ -114,24 +137,34 @@ class ClassWeightedLossMixin(NormalizesLosses):
         Raises:
             MisconfigurationError: if the weights are not set or the shapes do not fit; or, under accumulation, if it is
                 called twice in a training step or its result is mixed with another loss.
-            DataError: if a target is no class. Only on the CPU: elsewhere that would wait for the device at every step,
-                and the device itself stops with its own, less readable, error.
+            DataError: if a target is no class, on this rank or another; this rank's is named, with its place. Only on
+                the CPU: elsewhere that would wait for the device at every step, and the device itself stops with its
+                own, less readable, error.
         """
         weights = self._checked_weights()
+        require_shapes(logits, targets, weights)
+        if targets.device.type == "cpu" and (fault := class_fault(targets, weights, ignore_index)):
+            self._tell_of(fault, logits)
         labels = weights.ndim == 2
-        (_require_label_shapes if labels else _require_shapes)(logits, targets, len(weights))
-        if targets.device.type == "cpu":
-            _require_classes(targets, 2 if labels else len(weights), ignore_index)
-        if not self.training:
-            self._class_recalls.add(logits.detach(), targets, len(weights), ignore_index, labels)
-        scores = two_class_logits(logits) if labels else logits
+        scores = two_class_logits(logits) if labels or logits.ndim == 1 else logits
         prior = self._class_prior = self._class_prior.to(logits.device)
+        if not self.training:
+            seen = (logits if labels else scores).detach()
+            self._class_recalls.add(seen, targets, len(weights), ignore_index, labels)
+            prior = torch.zeros_like(prior)
         return self._normalized(*self._class_loss.sums(scores, targets, weights, prior, ignore_index))
+
+    def _tell_of(self, fault: DataError, logits: Tensor) -> NoReturn:
+        """Raise, on the other ranks too: they wait for this one's numbers."""
+        with contextlib.suppress(DataError):
+            self._normalized(logits.sum(), math.nan)
+        raise fault
 
     def class_report(self) -> list[ClassRow]:
         """Each class's count, weight, and recall at the first and the last whole validation of the fits so far.
 
-        Empty before the first one, and where `validation_step` does not call `class_weighted_loss`.
+        With `Trainer(num_sanity_val_steps=-1)` the first is before training; otherwise it comes after some of it. Empty
+        before the first one, and where `validation_step` does not call `class_weighted_loss`.
         """
         recalls = self._class_recalls
         if recalls.first is None or recalls.last is None:
@@ -146,27 +179,28 @@ class ClassWeightedLossMixin(NormalizesLosses):
         super().on_validation_epoch_end()
         trainer = self._present_trainer()
         if trainer is not None and "class_weights" in self._buffers:
-            keep = trainer.state.fn == "fit" and not (trainer.sanity_checking or is_aside(trainer))
+            keep = trainer.state.fn == "fit" and not is_aside(trainer) and _is_whole(trainer)
             total = engine_of(trainer).sum_over_ranks
-            self._class_recalls.close(len(self.class_weights), total, self.device, keep)
+            self._class_recalls.close(len(self.class_weights), total, self.device, keep, trainer.sanity_checking)
 
     def on_fit_end(self) -> None:
         """Log the report."""
         super().on_fit_end()
         if rows := self.class_report() if "class_weights" in self._buffers else []:
-            rank_zero_info(f"{type(self).__name__}, class by class:\n{table(rows)}")
+            told = table(rows, self._class_recalls.untrained)
+            rank_zero_info(f"{type(self).__name__}, class by class:\n{told}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the first recalls for a resumed run."""
         super().on_save_checkpoint(checkpoint)
         if "class_weights" in self._buffers and self._class_recalls.first is not None:
-            checkpoint[_RECALLS] = [self._class_recalls.first, self._class_recalls.last]
+            checkpoint[_RECALLS] = self._class_recalls.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them over."""
         super().on_load_checkpoint(checkpoint)
         if "class_weights" in self._buffers and _RECALLS in checkpoint:
-            self._class_recalls.first, self._class_recalls.last = checkpoint[_RECALLS]
+            self._class_recalls.load(checkpoint[_RECALLS])
 
     def _checked_weights(self) -> Tensor:
         if "class_weights" not in self._buffers:
@@ -185,54 +219,7 @@ class ClassWeightedLossMixin(NormalizesLosses):
         return self
 
 
-def _weights_of(counts: Any, policy: ClassWeights) -> Tensor:
-    try:
-        labels = torch.as_tensor(counts).ndim == 2
-    except (TypeError, ValueError, RuntimeError):  # no numbers, or ragged: the policy says so
-        labels = False
-    return torch.stack([policy.weights(pair) for pair in counts]) if labels else policy.weights(counts)
-
-
-def _warn_of_absent(counts: Counts, weights: Tensor) -> None:
-    absent = (torch.as_tensor(counts, device="cpu") == 0).nonzero().tolist()
-    if absent:
-        names = ", ".join(f"{index}{''.join(f' ({_HOLDS[each]})' for each in holds)}" for index, *holds in absent)
-        rank_zero_warn(
-            f"No training example of class {names}: it gets the largest weight of the others, {weights.max():.3g}. "
-            "Check the labels and the split."
-        )
-
-
-def _require_shapes(logits: Tensor, targets: Tensor, classes: int) -> None:
-    if logits.ndim < 2 or logits.shape[1] != classes or not logits.is_floating_point():
-        raise MisconfigurationError(
-            f"`logits` must be floating, of shape (N, {classes}, ...), since `weigh_classes` got {classes} counts; "
-            f"got {logits.dtype} of shape {tuple(logits.shape)}."
-        )
-    if targets.dtype != torch.int64 or targets.shape != logits.shape[:1] + logits.shape[2:]:
-        raise MisconfigurationError(
-            f"`targets` must be torch.int64 class indices of shape {(*logits.shape[:1], *logits.shape[2:])}, got "
-            f"{targets.dtype} of shape {tuple(targets.shape)}."
-        )
-
-
-def _require_label_shapes(logits: Tensor, targets: Tensor, labels: int) -> None:
-    if logits.ndim != 2 or logits.shape[1] != labels or not logits.is_floating_point():
-        raise MisconfigurationError(
-            f"`logits` must be floating, of shape (N, {labels}), since `weigh_classes` got counts of {labels} labels; "
-            f"got {logits.dtype} of shape {tuple(logits.shape)}."
-        )
-    if targets.dtype != torch.int64 or targets.shape != logits.shape:
-        raise MisconfigurationError(
-            f"`targets` must be 0 or 1, torch.int64, of shape {tuple(logits.shape)}, got {targets.dtype} of shape "
-            f"{tuple(targets.shape)}: call `.long()` on labels that hold or not."
-        )
-
-
-def _require_classes(targets: Tensor, classes: int, ignore_index: int) -> None:
-    wrong = targets[((targets < 0) | (targets >= classes)) & (targets != ignore_index)]
-    if len(wrong):
-        raise DataError(
-            f"target {int(wrong[0])} is no class: there are {classes}, so targets are 0 to {classes - 1}, or "
-            f"{ignore_index} to be ignored. Check the labels, or give `weigh_classes` a count for each class."
-        )
+def _is_whole(trainer: Trainer) -> bool:
+    """Whether this validation is of all that the fit validates on: a sanity check is, if it is told to."""
+    fitted = zip(trainer.num_sanity_val_batches, trainer.num_val_batches, strict=False)
+    return not trainer.sanity_checking or all(checked >= every for checked, every in fitted)

@@ -72,6 +72,16 @@ class IA3(Method):
         for target, options in plan.values():
             _class(target.layer).convert(target.layer).add_adapter(name, options)
 
+    def options_by_layer(self) -> dict[str, Any]:
+        """Whether the inputs of each are rescaled."""
+        return {path: path in self.feedforward for path in (*self.targets, *self.feedforward)}
+
+    def shapes(self, plan: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Of the factors: one for each output or input."""
+        return {
+            f"{path}.ia3_l": (target.sizes()[1 if options.inputs else 0],) for path, (target, options) in plan.items()
+        }
+
 
 def _class(layer: nn.Module) -> type[ScaledLayer]:
     if isinstance(layer, nn.Linear):

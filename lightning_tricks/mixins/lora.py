@@ -115,10 +115,30 @@ class LoRA(Method):
         for target, options in plan.values():
             layer_class(target.layer).convert(target.layer).add_adapter(name, options)
 
+    def shapes(self, plan: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Of the factors, and of the lengths of rows. Of whole layers: peft's format knows no parts."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path, (target, options) in plan.items():
+            outputs, inputs = target.sizes()
+            table = isinstance(target.layer, nn.Embedding)
+            found[f"{path}.lora_A"] = (inputs, options.rank) if table else (options.rank, inputs)
+            found[f"{path}.lora_B"] = (options.rank, outputs)
+            if self.decomposed:
+                found[f"{path}.lora_magnitude"] = (outputs,)
+        return found
+
+    def options_by_layer(self) -> dict[str, Any]:
+        """The rank and scale of each."""
+        return {
+            path: LowRank(int(_value("rank", self.rank, path)), _value("alpha", self.alpha, path), rslora=self.rslora)
+            for path in self.targets
+        }
+
     def _options(self, path: str, target: Target) -> LowRank:
         _refuse_layer(path, target.layer, self.init, self.decomposed)
         rank, alpha = int(_value("rank", self.rank, path)), float(_value("alpha", self.alpha, path))
-        outputs, inputs = _sizes(target)
+        outputs, inputs = target.sizes()
+        outputs = min([outputs, *(stop - start for start, stop in target.slices)])
         if rank > min(outputs, inputs):
             raise MisconfigurationError(
                 f"`rank` {rank} is above the smaller side of `{path}`, which is {outputs} x {inputs}: an update of "
@@ -161,17 +181,6 @@ def layer_class(layer: nn.Module) -> type[LowRankLayer]:
     from lightning_tricks.layers.lora_transposed import LoRATransposed
 
     return LoRATransposed
-
-
-def _sizes(target: Target) -> tuple[int, int]:
-    layer = target.layer
-    if isinstance(layer, nn.Embedding):
-        return layer.embedding_dim, layer.num_embeddings
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return layer.out_channels, layer.in_channels * math.prod(layer.kernel_size)
-    outputs = int(getattr(layer, "out_features", 0) or getattr(layer, "nf", 0))
-    inputs = int(getattr(layer, "in_features", 0) or getattr(layer, "nx", 0))
-    return min([outputs, *(stop - start for start, stop in target.slices)]), inputs
 
 
 def _refuse_layer(path: str, layer: nn.Module, init: str, decomposed: bool) -> None:

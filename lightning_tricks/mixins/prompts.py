@@ -71,6 +71,10 @@ class PromptTuning(Method):
             with torch.no_grad():
                 prompts.own("prompt", name).copy_(weight[chosen])
 
+    def shapes(self, plan: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Of the vectors."""
+        return {"prompts.prompt": (self.tokens, plan[""].embedding_dim)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(Method):
@@ -137,6 +141,11 @@ class PrefixTuning(Method):
         prompts = Prompts.of(module, table.embedding_dim)
         prompts.add_adapter(name, options)
         prompts.to(device=table.weight.device)
+
+    def shapes(self, plan: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Of the keys and values of all layers, without a network that makes them: peft's format holds what it made."""
+        _, options = plan[""]
+        return {"prompts.prefix": (options.tokens, 2 * options.layers * options.heads * options.head_width)}
 
 
 def exported_prompt(module: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -144,6 +144,30 @@ def saves(engine: str, folder: str) -> None:
     same(tested.weights, reference)
 
 
+def offloads(engine: str, folder: str) -> None:
+    """An average in the host's memory is the same, bit for bit: in validations, files, a resumed fit and the result."""
+    place = Path(folder) / engine
+
+    def run(offload: bool, *callbacks: L.Callback, ckpt_path=None):
+        averaging, trail = WeightAveraging(LAWA(k=2), update_every=1, offload=offload), Trail()
+        save = [] if ckpt_path else [Save(place / f"offload {offload}", averaging, 4)]
+        trainer = fit(engine, folder, Validated(batches=4), trail, averaging, *save, ckpt_path=ckpt_path)
+        assert averaging.updates == 8
+        return trail, weights_of(trainer)
+
+    (there, result), (here, expected) = run(True), run(False)
+    for found, wanted in zip([*there.raw, *there.seen, result], [*here.raw, *here.seen, expected], strict=True):
+        same(found, wanted, bits=True)
+    if ranks()[0] == 0:
+        for name in ("weights.ckpt", "average.safetensors"):
+            moved, kept = (read_checkpoint(place / f"offload {offload}" / name) for offload in (True, False))
+            same(moved["state_dict"], kept["state_dict"], bits=True)
+    for offload in (True, False):  # a checkpoint of either goes on as either
+        again, end = run(offload, ckpt_path=place / f"offload {not offload}" / "full.ckpt")
+        same(again.seen[-1], here.seen[-1], bits=True)
+        same(end, expected, bits=True)
+
+
 def reads_on_another_number(engine: str, folder: str) -> None:
     """D12: on this group's ranks, the average that another number of ranks saved; the checkpoint may have moved."""
     place = Path(folder) / engine
@@ -166,16 +190,27 @@ def reads_on_another_number(engine: str, folder: str) -> None:
 
 
 def broken_everywhere(engine: str, folder: str) -> None:
-    """D3: the raw weights are back wherever no other rank is needed for it."""
-    module, trail, averaging = Validated(batches=4), Trail(), WeightAveraging(EMA(0.5))
+    """D3: the raw weights are back wherever no other rank is needed for it; a checkpoint saved now has them anyway."""
+    rescue = Path(folder) / engine / "rescue.ckpt"
+
+    class Rescue(L.Callback):
+        def on_exception(self, trainer, *_):
+            trainer.save_checkpoint(rescue)
+
+    module, trail, averaging = Validated(batches=4), Trail(), WeightAveraging(EMA(0.5, warmup=0))
     module.break_at = 4
     run = Run(engine, Path(folder))
     options = {"max_epochs": 2, "val_check_interval": 2, **whole_strategy(engine)}
-    trainer = run.trainer(trail, averaging, **options)
+    trainer = run.trainer(Rescue(), trail, averaging, **options)
     with pytest.raises(KeyError, match="broken"):
         trainer.fit(module)
-    if not engine.startswith("zero"):
+    if engine.startswith("zero"):  # where the others are needed, and may be elsewhere: the module keeps the average
+        same(weights_of(trainer), ema(trail.raw, 0.5))
+        assert (weights_of(trainer)["enter.weight"] - trail.raw[-1]["enter.weight"]).abs().max() > 1e-4
+    else:
         same(weights_of(trainer), trail.raw[-1], bits=True)
+    if ranks()[0] == 0:
+        same(read_checkpoint(rescue)["state_dict"], trail.raw[-1], bits=True)
 
 
 def broken_on_one_rank(engine: str, folder: str) -> None:

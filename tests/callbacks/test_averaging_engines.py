@@ -43,6 +43,11 @@ def test_d1_d2_d11_files_and_resuming(group, engine):
         group(1, "reads_on_another_number", engine)
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero_3", marks=ZERO)])
+def test_offloaded_is_the_same_in_every_bit(group, engine):
+    group(2, "offloads", engine)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_d3_an_exception_in_a_validation(group, engine):
     group(2, "broken_everywhere", engine)

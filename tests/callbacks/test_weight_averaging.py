@@ -10,10 +10,23 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_tricks.callbacks import EMA, LAWA, SWA, CheckpointEnsemble, EarlyStopping, TopK, WeightAveraging
+from lightning_tricks.callbacks import (
+    EMA,
+    LAWA,
+    SWA,
+    CheckpointEnsemble,
+    Cyclic,
+    EarlyStopping,
+    Every,
+    LastK,
+    Predictions,
+    TopK,
+    WeightAveraging,
+)
 from lightning_tricks.data import TricksDataLoader
-from lightning_tricks.engines import engine_of
-from lightning_tricks.errors import MisconfigurationError
+from lightning_tricks.engines import consolidate, engine_of
+from lightning_tricks.errors import CheckpointError, MisconfigurationError
+from lightning_tricks.inference import average_checkpoints
 from lightning_tricks.storage import WeightsFile
 
 pytestmark = [
@@ -92,6 +105,19 @@ def test_ema_equals_torchs_averaged_model_in_every_bit(trainer, resumable, same_
     theirs, module = TorchsAverage(multi_avg_fn=get_ema_multi_avg_fn(0.9)), resumable()
     trainer([WeightAveraging(EMA(0.9, warmup=0)), theirs], max_epochs=2).fit(module)
     assert same_weights(module.layer.state_dict(), theirs.model.module.state_dict())
+
+
+@pytest.mark.parametrize("gamma", [None, 9.0])
+def test_ema_is_timms_formula_in_double_precision(trainer, resumable, gamma):
+    """timm: ema = lerp(ema, weights, 1 - decay), with decay constant or min(decay, 1 - (1 + step / gamma) ** -1)."""
+    trail, module = Trail(), resumable()
+    warmup = 0 if gamma is None else 1 + gamma
+    trainer([WeightAveraging(EMA(0.8, warmup=warmup)), trail], max_epochs=3).fit(module)
+    expected = {name: value.double() for name, value in trail.weights[0].items()}
+    for step, weights in enumerate(trail.weights[1:], 2):
+        decay = 0.8 if gamma is None else min(0.8, 1 - (1 + step / gamma) ** -1.0)
+        expected = {name: torch.lerp(expected[name], weights[name].double(), 1 - decay) for name in expected}
+    assert close(module.state_dict(), expected)
 
 
 def test_swa_equals_torchs_averaged_model(trainer, resumable):
@@ -406,24 +432,87 @@ def test_d2_fit_then_test_on_one_trainer_tests_the_average(trainer, normalised, 
     assert not close(tested.weights, spy.seen[0])
 
 
-def test_d13_names_are_plain_in_compiled_modules_too(trainer, resumable, tmp_path):
-    def fit(name, compiled):
+@pytest.fixture
+def compiled(resumable):
+    """A module class that compiles a submodule of its own as it is built."""
+
+    class Compiled(resumable):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.compile(self.layer, backend="eager")
+
+    return Compiled
+
+
+def plain(state):
+    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("how", ["the whole module", "in place", "afterwards", "as it is built"])
+def test_d13_files_are_the_same_compiled_or_not(trainer, resumable, compiled, same_weights, tmp_path, how):
+    """The files of a module that is given compiled are the same bytes. One that wraps a part of its own names it so."""
+
+    def fit(name, module, given=None):
         class Save(Callback):
-            def on_train_end(self, trainer, pl_module):
-                trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+            def on_validation_end(self, trainer, pl_module):
+                trainer.save_checkpoint(tmp_path / f"{name} full.ckpt")
+                trainer.save_checkpoint(tmp_path / f"{name} weights.ckpt", weights_only=True)
                 averaging.save_average(tmp_path / f"{name}.safetensors")
 
-        module, averaging = resumable(), WeightAveraging(EMA(0.5))
-        if compiled:
-            module.layer = torch.compile(module.layer, backend="eager")
-        trainer([Save(), averaging], max_epochs=1).fit(module)
-        (values,) = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["lightning_tricks"]["values"].values()
-        return values, (tmp_path / f"{name}.safetensors").read_bytes()
+        averaging = WeightAveraging(EMA(0.5))
+        trainer([Save(), averaging], max_epochs=1, num_sanity_val_steps=0).fit(module if given is None else given)
+        paths = [tmp_path / f"{name} {kind}.ckpt" for kind in ("full", "weights")]
+        return [torch.load(path, weights_only=True) for path in paths], (tmp_path / f"{name}.safetensors").read_bytes()
 
-    plain, compiled = fit("plain", False), fit("compiled", True)
-    assert plain[0].keys() == compiled[0].keys() == {"layer.weight", "layer.bias"}
-    assert all(torch.equal(plain[0][name], compiled[0][name]) for name in plain[0])
-    assert plain[1] == compiled[1]
+    module = compiled() if how == "as it is built" else resumable()
+    given = torch.compile(module, backend="eager") if how == "the whole module" else None
+    if how == "in place":
+        module.layer.compile(backend="eager")
+    elif how == "afterwards":
+        module.layer = torch.compile(module.layer, backend="eager")
+    found, expected = fit("found", module, given), fit("expected", resumable())
+    assert found[1] == expected[1]
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        assert same_weights(plain(ours["state_dict"]), theirs["state_dict"])
+        assert ours["lightning_tricks"].keys() == theirs["lightning_tricks"].keys()
+    (values,), (others,) = (each[0][0]["lightning_tricks"]["values"].values() for each in (found, expected))
+    assert same_weights(values, others)
+    paths = [tmp_path / f"{name} weights.ckpt" for name in ("found", "expected")]
+    average_checkpoints(paths, tmp_path / "mean.ckpt")
+    assert same_weights(
+        torch.load(tmp_path / "mean.ckpt", weights_only=True)["state_dict"], expected[0][1]["state_dict"]
+    )
+    if how in ("the whole module", "in place"):
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    else:  # its own names, by which it loads strictly
+        assert found[0][1]["state_dict"].keys() == module.state_dict().keys() != expected[0][1]["state_dict"].keys()
+    if how == "as it is built":
+        loaded = compiled.load_from_checkpoint(paths[0], strict=True)
+        assert same_weights(plain(loaded.state_dict()), expected[0][1]["state_dict"])
+
+
+def test_d14_files_of_an_average_are_combined_with_their_like_or_refused(trainer, resumable, tmp_path):
+    class Save(Callback):
+        def on_validation_end(self, trainer, *_):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "full.ckpt")
+                trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+                averaging.save_average(tmp_path / "average.safetensors")
+
+    averaging = WeightAveraging(EMA(0.5))
+    trainer([Save(), averaging], max_epochs=1, num_sanity_val_steps=0).fit(resumable())
+    consolidate(tmp_path / "full.ckpt", tmp_path / "raw.safetensors")
+    raw, average = tmp_path / "raw.safetensors", tmp_path / "average.safetensors"
+    for suffix in ("ckpt", "safetensors"):
+        mean = tmp_path / f"mean.{suffix}"
+        average_checkpoints([average, tmp_path / "weights.ckpt"], mean)
+        for one, other in [(average, raw), (raw, average), (mean, raw), (raw, mean)]:
+            with pytest.raises(CheckpointError, match="holds a running average of the weights"):
+                average_checkpoints([one, other], tmp_path / "never.ckpt")
+    with pytest.raises(CheckpointError, match=r"full\.ckpt is a full checkpoint of a run with WeightAveraging"):
+        average_checkpoints([tmp_path / "full.ckpt"], tmp_path / "never.ckpt")
+    assert len(average_checkpoints([raw, raw], tmp_path / "raw mean.ckpt").members) == 2
+    assert not (tmp_path / "never.ckpt").exists()
 
 
 def test_saving_after_the_fit_saves_what_the_module_holds(trainer, resumable, tmp_path, same_weights):
@@ -476,6 +565,40 @@ def test_d11_resumed_at_any_point_equals_uninterrupted(trainer, normalised, same
     assert same_weights(resumed[2], whole[2])
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_offloaded_is_the_same_in_every_bit(trainer, normalised, same_weights, tmp_path, policy):
+    class Save(Callback):
+        def __init__(self, name, averaging):
+            self.name, self.averaging = name, averaging
+
+        def on_validation_end(self, trainer, *_):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / self.name)
+                self.averaging.save_average(tmp_path / f"{self.name}.safetensors")
+                kept, own = self.averaging._average._copies, self.averaging._lender._own[0].values()
+                assert {each.device.type for copy in [*kept, own] for each in copy} == {"cpu"}
+
+    def fit(offload, **resume):
+        torch.manual_seed(7)
+        averaging, module = WeightAveraging(policy, update_every=1, offload=offload), normalised()
+        module.training_step = lambda batch, batch_idx: module.loss(batch)  # draws no random numbers
+        spy, trail, save = Spy(), Trail(), Save(f"{offload}.ckpt", averaging)
+        trail.weights = [None] * 4 if resume else []
+        options = {"max_epochs": 2, "num_sanity_val_steps": 0, "val_check_interval": 2}
+        trainer([averaging, spy, trail, *([] if resume else [save])], **options).fit(module, **resume)
+        return [*spy.seen, trail.weights[-1], copied(module)], averaging.updates
+
+    (there, updates), (here, expected) = fit(True), fit(False)
+    assert updates == expected > 2
+    assert all(map(same_weights, there, here))
+    files = [(tmp_path / f"{offload}.ckpt.safetensors").read_bytes() for offload in (True, False)]
+    assert files[0] == files[1]
+    for offload in (True, False):
+        again, updates = fit(offload, ckpt_path=tmp_path / f"{not offload}.ckpt")
+        assert updates == expected
+        assert all(map(same_weights, again[-3:], here[-3:]))
+
+
 def test_resuming_a_finished_run_delivers_its_average(trainer, resumable, same_weights, tmp_path):
     saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
     module = resumable()
@@ -483,6 +606,33 @@ def test_resuming_a_finished_run_delivers_its_average(trainer, resumable, same_w
     again = resumable()
     trainer([WeightAveraging(EMA(0.5))], max_epochs=2).fit(again, ckpt_path=saver.last_model_path)
     assert same_weights(again.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize(
+    "other", [{"policy": EMA(0.6)}, {"policy": EMA(0.5), "update_every": 2}, {"policy": LAWA(k=2)}]
+)
+def test_an_average_of_other_options_is_not_passed_over_in_silence(trainer, resumable, same_weights, tmp_path, other):
+    saver = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{epoch}")
+    trainer([WeightAveraging(EMA(0.5)), saver], enable_checkpointing=True, max_epochs=1).fit(resumable())
+    path = tmp_path / "saved" / "epoch=0.ckpt"
+    for act in ("test", "validate"):
+        with pytest.raises(MisconfigurationError, match=r"holds the average of .*decay=0\.5.*raw weights.*use_for"):
+            getattr(trainer([WeightAveraging(**other)]), act)(resumable(), ckpt_path=path, verbose=False)
+    module = resumable()
+    trainer([WeightAveraging(**other, use_for=["validation"])]).test(module, ckpt_path=path, verbose=False)
+    assert same_weights(module.state_dict(), torch.load(path, weights_only=True)["state_dict"])
+    averaging = WeightAveraging(**other, use_for=["validation"])
+    with pytest.warns(UserWarning, match=r"decay=0\.5.*that average is left, and a new one begins"):
+        trainer([averaging], max_epochs=2).fit(resumable(), ckpt_path=path)
+    assert averaging.updates == {1: 4, 2: 2, "epoch": 1}[averaging.update_every]
+
+
+def test_an_instance_that_is_new_beside_one_that_goes_on_says_nothing(trainer, resumable, tmp_path):
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{epoch}")
+    trainer([WeightAveraging(EMA(0.5)), saver], enable_checkpointing=True, max_epochs=1).fit(resumable())
+    both = [WeightAveraging(EMA(0.5)), WeightAveraging(EMA(0.9), use_for=[])]
+    trainer(both, max_epochs=2).fit(resumable(), ckpt_path=saver.best_model_path)
+    assert [averaging.updates for averaging in both] == [8, 4]
 
 
 # -- with others -----------------------------------------------------------------------------------------------------
@@ -503,6 +653,16 @@ def test_e6_the_best_weights_are_the_averaged_ones_that_were_scored(trainer, res
     mean = torch.load(ensemble.path, weights_only=True)["state_dict"]
     assert close(mean, {name: (diary.weights[1][name] + diary.weights[2][name]).double() / 2 for name in mean})
     assert ensemble.results["ensemble"]["val/loss"] != ensemble.results["best"]["val/loss"]
+
+
+@pytest.mark.parametrize("policy", [LastK(2), Every(epochs=1), Cyclic(cycles=2)], ids=repr)
+def test_members_that_are_not_taken_in_a_validation_are_raw_weights(trainer, resumable, policy, same_weights):
+    trail, ensemble = Trail(), CheckpointEnsemble(policy, Predictions())
+    trainer([ensemble, WeightAveraging(EMA(0.5)), trail], max_epochs=2).fit(resumable())
+    members = [torch.load(path, weights_only=True)["state_dict"] for path in ensemble.paths]
+    assert len(members) == 2
+    assert same_weights(members[0], trail.weights[7])
+    assert same_weights(members[1], trail.weights[3])
 
 
 def test_several_instances_work_side_by_side(trainer, resumable, tmp_path):

@@ -109,3 +109,29 @@ def test_checkpoints_of_text_classifiers_go_out_and_in(tmp_path, capsys):
     for name, value in both.items():
         source = models[0 if "lora_" in name else 1].state_dict()
         assert torch.equal(value, source[name]), name
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_out_and_in_by_its_name(tmp_path, capsys):
+    from tests.cli.two_adapters import TwoAdapters
+
+    for number in range(2):
+        model = moved(TwoAdapters(["bad", "good"], class_weighting="none", rank=2))
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer.strategy.connect(model)
+        trainer.save_checkpoint(tmp_path / f"{number}.ckpt")
+        content = torch.load(tmp_path / f"{number}.ckpt", weights_only=True)
+        content["hyper_parameters"]["_class_path"] = "tests.cli.two_adapters.TwoAdapters"  # as LightningCLI notes it
+        torch.save(content, tmp_path / f"{number}.ckpt")
+    folder, first, second, out = (str(tmp_path / name) for name in ("folder", "0.ckpt", "1.ckpt", "out.ckpt"))
+    assert main(["adapters", "export", first, folder, "--name", "french"]) == 0
+    assert main(["adapters", "list", folder]) == 0
+    assert "LORA r=3" in capsys.readouterr().out
+    assert main(["adapters", "import", folder, second, out, "--name", "french"]) == 0
+    weights = [torch.load(path, weights_only=True)["state_dict"] for path in (first, second, out)]
+    for name, value in weights[2].items():
+        assert torch.equal(value, weights[0 if name.endswith("_french") else 1][name]), name
+    assert main(["adapters", "import", folder, second, out, "--name", "german"]) == 2
+    assert "has no adapter 'german': there are default, french" in capsys.readouterr().err
+    assert main(["adapters", "import", folder, second, out]) == 2
+    assert "lacks the tensor for `encoder.layer.0.attention.self.value.lora_A`" in capsys.readouterr().err

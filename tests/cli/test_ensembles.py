@@ -49,9 +49,9 @@ class Line(L.LightningModule):
 
 
 class Folds(L.LightningDataModule):
-    def __init__(self, fold: tuple[int, int] | None = None):
+    def __init__(self, path: str = "", fold: tuple[int, int] | None = None):
         super().__init__()
-        self.fold = fold
+        self.path, self.fold = path, fold
 
     def rows(self, held):
         place, count = self.fold or (0, 2)
@@ -112,6 +112,22 @@ def test_average_refuses_and_skips(project, refused, capsys):
     assert read_checkpoint("mean.ckpt")["state_dict"]["layer.weight"].tolist() == [[2.5, 0.0]]
 
 
+def test_average_skips_a_first_file_that_is_damaged(project, capsys):
+    (project / "broken.ckpt").write_bytes(b"no checkpoint")
+    good = [saved(project, str(value), [value, 0.0]) for value in (1.0, 4.0)]
+    assert main(["average", "broken.ckpt", *good, "--out", "mean.ckpt", "--skip-bad"]) == 0
+    assert "Left out `broken.ckpt`" in capsys.readouterr().err
+    assert read_checkpoint("mean.ckpt")["state_dict"]["layer.weight"].tolist() == [[2.5, 0.0]]
+
+
+@pytest.mark.parametrize("kind", ["own.Net", "own.Gone", "nowhere.Net"])
+def test_adapters_of_another_module_are_refused_as_such(project, refused, kind):
+    state = {"layer.lora_A": torch.ones(1, 2), "layer.lora_B": torch.ones(1, 3)}
+    torch.save({"state_dict": state, "hyper_parameters": {"_class_path": kind}}, "adapted.ckpt")
+    said = refused("average", "adapted.ckpt", "adapted.ckpt", "--out", "mean.ckpt")
+    assert "adapted.ckpt holds adapters (`layer.lora_A`)" in said
+
+
 def test_adapters_of_a_text_classifier_are_merged(project):
     from lightning.pytorch import Trainer
 
@@ -145,6 +161,18 @@ def test_soup(folded, capsys):
     said = capsys.readouterr().err
     assert "spoils.ckpt` (itself" in said
     assert "the mean of 2 of 3 checkpoints: val/loss" in said
+
+
+def test_soup_skips_what_is_damaged(folded, capsys):
+    (folded / "broken.ckpt").write_bytes(b"no checkpoint")
+    paths = ["broken.ckpt", saved(folded, "best", [1.1, 1.1]), saved(folded, "helps", [0.8, 0.8])]
+    command = ["soup", *paths, "--out", "soup.ckpt", "--monitor", "val/loss", "--config", "config.yaml"]
+    assert main(command) == 2
+    assert "broken.ckpt" in capsys.readouterr().err
+    assert main([*command, "--skip-bad"]) == 0
+    said = capsys.readouterr().err
+    assert "Left out `broken.ckpt`" in said
+    assert "the mean of 2 of 2 checkpoints" in said
 
 
 def test_soup_refuses(folded, refused):
@@ -199,6 +227,26 @@ def test_cross_validate_refuses(folded, refused):
     assert "fold" in refused(*COMMAND, "--data", "own.Data")
     assert main(COMMAND) == 0
     assert "holds a fold of other options" in refused(*COMMAND, "--trainer.max_epochs=1")
+
+
+@pytest.mark.parametrize("how", ["in the configuration", "on the command line", "a folder"])
+def test_finished_folds_are_not_those_of_other_data(folded, refused, how):
+    """A row was added to the data: what was scored before says nothing of them."""
+    (folded / "rows").mkdir()
+    (folded / "rows" / "data.csv").write_text("a,b\n1,2\n")
+    path = "rows" if how == "a folder" else "rows/data.csv"
+    command = [*COMMAND, f"--data.path={path}"]
+    if how == "in the configuration":
+        (folded / "config.yaml").write_text(
+            CONFIG.replace("folded.Folds}", f"folded.Folds, init_args: {{path: {path}}}}}")
+        )
+        command = COMMAND
+    assert main(command) == 0
+    before = (folded / "cv" / "fold_0" / "model.ckpt").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (folded / "cv" / "fold_0" / "model.ckpt").stat().st_mtime_ns == before
+    (folded / "rows" / "data.csv").write_text("a,b\n1,2\n3,4\n")
+    assert "other data" in refused(*command)
 
 
 def test_the_review_data_know_folds():

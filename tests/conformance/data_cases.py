@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 RANKS = 2  # of the matrix's engines, whose batches one device takes together
 BUDGET = 24
+EPOCHS = 3
 
 
 class Together:
@@ -37,18 +39,31 @@ class Together:
 
 
 class Counting(Classifier):
-    """The mean loss over the global batch, however unevenly ranks share it; logs what the batches hold."""
+    """The mean loss over the global batch, however unevenly ranks share it; counts how often each sample comes."""
+
+    def __init__(self, samples: int = 54) -> None:
+        super().__init__()
+        self.known = {tuple(row.tolist()): index for index, row in enumerate(Sequences(samples, seed=1).tokens)}
+        assert len(self.known) == samples, "samples must be told apart"
+        self.register_buffer("taken", torch.zeros(EPOCHS, samples, dtype=torch.int64))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         tokens, labels = batch
         self.batches_seen += 1
         engine = engine_of(self.trainer)
-        held = engine.sum_over_ranks(F.one_hot(labels, 3).sum(0).float())
-        loss = F.cross_entropy(self(tokens).float(), labels, reduction="sum") * engine.world_size / held.sum()
+        rows = torch.tensor([self.known[tuple(row[row != 0].tolist())] for row in tokens], device=tokens.device)
+        taken = engine.sum_over_ranks(F.one_hot(rows, self.taken.shape[1]).sum(0).float())
+        self.taken[self.current_epoch] += taken.long()
+        loss = F.cross_entropy(self(tokens).float(), labels, reduction="sum") * engine.world_size / taken.sum()
         self.log("train/loss", loss, on_step=True, on_epoch=False, sync_dist=True)
-        for label, count in enumerate(held):
-            self.log(f"train/class_{label}", count, on_step=True, on_epoch=False)
+        self.log("train/samples", taken.sum(), on_step=True, on_epoch=False)
         return loss
+
+
+def taken_in_each_epoch(outcome: "Outcome") -> list[list[int]]:
+    """How often each sample came, of shape (epochs, samples)."""
+    assert len(outcome["logged"]["train/samples"]["values"].unique()) > 2, "batches by tokens hold unequal numbers"
+    return outcome["weights"]["taken"].tolist()
 
 
 def loader_with(sampler: Any, data: Sequences, world: int) -> TricksDataLoader:
@@ -57,11 +72,6 @@ def loader_with(sampler: Any, data: Sequences, world: int) -> TricksDataLoader:
 
 def buckets(data: Sequences) -> LengthBucketSampler:
     return LengthBucketSampler([len(row) for row in data.tokens], max_tokens=BUDGET, window=2)
-
-
-def drawn(outcome: "Outcome") -> Tensor:
-    """How many samples of each class each step had, of shape (steps, classes)."""
-    return torch.stack([outcome["logged"][f"train/class_{label}"]["values"] for label in range(3)], dim=1)
 
 
 # -- LengthBucketSampler -----------------------------------------------------------------------------------------------
@@ -79,29 +89,33 @@ def length_bucket_sampler() -> "Run":
 
 
 def check_length_bucket_sampler(outcome: "Outcome") -> None:
-    counts, data = drawn(outcome), Sequences(54, seed=1)
-    epochs = counts.reshape(3, -1, 3)
-    assert (epochs.sum(1) == data.labels.bincount()).all(), "an epoch is not every sample once"
-    assert len(counts.sum(1).unique()) > 2, "batches by tokens hold different numbers of samples"
+    assert taken_in_each_epoch(outcome) == [[1] * 54] * EPOCHS, "an epoch is not every sample once"
 
 
 # -- ClassBalancedSampler ----------------------------------------------------------------------------------------------
 
 
+def balanced(data: Sequences) -> ClassBalancedSampler:
+    return ClassBalancedSampler(data.labels.numpy(), within=buckets(data))
+
+
 def balanced_loader(samples: int, world: int) -> TricksDataLoader:
     data = Sequences(samples, seed=1)
-    return loader_with(ClassBalancedSampler(data.labels.numpy(), within=buckets(data)), data, world)
+    return loader_with(balanced(data), data, world)
 
 
 def class_balanced_sampler() -> "Run":
     from tests.conformance.cases import Run
 
-    return Run(Counting(), loader=balanced_loader, samples=36)
+    return Run(Counting(36), loader=balanced_loader, samples=36)
 
 
 def check_class_balanced_sampler(outcome: "Outcome") -> None:
-    largest = Sequences(36, seed=1).labels.bincount().max()
-    assert (drawn(outcome).reshape(3, -1, 3).sum(1) == largest).all(), "classes do not come equally often"
+    data, taken = Sequences(36, seed=1), torch.tensor(taken_in_each_epoch(outcome))
+    expected = [np.bincount(balanced(data).draw(epoch), minlength=36).tolist() for epoch in range(EPOCHS)]
+    assert taken.tolist() == expected, "an epoch is not what was drawn"
+    counts = torch.stack([taken[:, data.labels == label].sum(1) for label in range(3)])
+    assert (counts == data.labels.bincount().max()).all(), "classes do not come equally often"
 
 
 # -- FeatureNormalizer -------------------------------------------------------------------------------------------------

@@ -2,7 +2,15 @@
 
 import itertools
 
-from lightning_tricks.data import TricksDataLoader
+import pytest
+
+from lightning_tricks.data import (
+    ClassBalancedSampler,
+    IterableSource,
+    LengthBucketSampler,
+    StreamingSampler,
+    TricksDataLoader,
+)
 
 
 def test_the_same_epoch_from_its_first_batch():
@@ -17,8 +25,23 @@ def test_the_same_epoch_from_its_first_batch():
     assert first + [batch.tolist() for batch in iterator] == whole
 
 
-def test_other_epochs_of_it_are_its_own():
-    loader = TricksDataLoader(range(10), batch_size=2, shuffle=True, seed=3)
+SOURCE = IterableSource([range(10)])
+SAMPLERS = {
+    "plain": {"batch_size": 2, "shuffle": True, "seed": 3},
+    "buckets": {"sampler": LengthBucketSampler([*range(1, 11)], batch_size=2)},
+    "balanced": {"sampler": ClassBalancedSampler([0] * 8 + [1] * 2, batch_size=2)},
+    "balanced within": {
+        "sampler": ClassBalancedSampler([0] * 8 + [1] * 2, within=LengthBucketSampler([*range(1, 11)], max_tokens=20))
+    },
+    "stream": {"sampler": StreamingSampler(SOURCE, batch_size=2)},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_other_epochs_of_it_are_its_own(name):
+    loader = TricksDataLoader(SOURCE, **SAMPLERS[name])
+    whole = [batch.tolist() for batch in loader]
     other = loader.anew()
     other.set_epoch(7)
     assert loader.state_dict()["epoch"] == 0
+    assert [batch.tolist() for batch in loader] == whole != [batch.tolist() for batch in other]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_tricks.data import ClassBalancedSampler, LengthBucketSampler, TricksDataLoader
 from lightning_tricks.errors import DataError, DegradedWarning, MisconfigurationError
-from lightning_tricks.mixins import ClassWeightedLossMixin
+from lightning_tricks.mixins import ClassWeightedLossMixin, EffectiveNumber, LogitAdjusted
 from tests.trainers import quiet_trainer
 
 LABELS = np.repeat([0, 1, 2], [70, 25, 5])
@@ -98,6 +98,23 @@ def test_more_samples_than_torch_s_multinomial_takes():
     assert sampler.drawn.tolist() == [2**24 + 5 - 17, 17]
     drawn = sampler.draw(0)
     assert (drawn >= 2**24 + 2).sum() == 17
+    by_millions = ClassBalancedSampler(labels, strategy=[1, 1e-6], batch_size=2**22)
+    plan = by_millions.plan(2, 2**22)
+    shares = [[plan.part(step, rank, 2) for rank in (0, 1)] for step in range(len(plan))]
+    assert [[len(part) for part in step] for step in shares] == [[2**22, 2**22]] * 2 + [[3, 2]]
+    found = np.bincount(np.concatenate([part for step in shares for part in step]), minlength=len(labels))
+    assert np.array_equal(found, np.bincount(drawn, minlength=len(labels)))
+
+
+def test_lengths_of_more_samples_than_that():
+    """Every sample once, on two ranks, and neighbours in length together."""
+    count = 2**24 + 5
+    lengths = np.ones(count, np.uint8)
+    lengths[::2] = 2
+    plan = LengthBucketSampler(lengths, batch_size=2**22).plan(2, 2**22)
+    shares = [plan.part(step, rank, 2) for step in range(len(plan)) for rank in (0, 1)]
+    assert (np.bincount(np.concatenate(shares), minlength=count) == 1).all()
+    assert sum(len(np.unique(lengths[part])) > 1 for part in shares) <= 1
 
 
 def test_resumed_in_mid_epoch_and_refused_with_other_labels():
@@ -119,6 +136,21 @@ def test_resumed_in_mid_epoch_and_refused_with_other_labels():
         make(strategy="square_root").load_state_dict(state)
 
 
+def test_another_order_within_is_refused_in_mid_epoch():
+    def make(within=True, **options):
+        lengths = np.arange(100) % 9 + 1
+        inner = LengthBucketSampler(lengths, max_tokens=60, **options) if within else None
+        return TricksDataLoader(torch.arange(100), sampler=ClassBalancedSampler(LABELS, within=inner))
+
+    one = make()
+    next(iter(one))
+    make().load_state_dict(one.state_dict())
+    with pytest.raises(MisconfigurationError, match="with seed of `within`=0, but now seed of `within`=9"):
+        make(seed=9).load_state_dict(one.state_dict())
+    with pytest.raises(MisconfigurationError, match="with window=100, but now window=None"):
+        make(within=False).load_state_dict(one.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_a_loss_that_balances_as_well_is_told(tmp_path):
     class Both(ClassWeightedLossMixin, L.LightningModule):
@@ -136,6 +168,13 @@ def test_a_loss_that_balances_as_well_is_told(tmp_path):
     loader = TricksDataLoader(torch.arange(100), sampler=ClassBalancedSampler(LABELS))
     with pytest.warns(DegradedWarning, match="ClassBalancedSampler"):
         quiet_trainer(tmp_path, max_epochs=1).fit(Both(), loader)
+    by_its_loss = Both()
+    by_its_loss.weigh_classes([70, 25, 5], EffectiveNumber(0.0), loss=LogitAdjusted())
+    with pytest.warns(DegradedWarning, match="ClassBalancedSampler"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(by_its_loss, loader)
+    even = Both()
+    even.weigh_classes([70, 25, 5], EffectiveNumber(0.0))
+    quiet_trainer(tmp_path, max_epochs=1).fit(even, loader)
 
 
 def test_dropped_samples_are_not_drawn():

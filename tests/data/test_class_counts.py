@@ -2,12 +2,14 @@
 
 import json
 
+import lightning
 import numpy as np
 import pytest
 import torch
 
 from lightning_tricks.data import class_counts, count_classes
 from lightning_tricks.errors import DataError, MisconfigurationError
+from lightning_tricks.mixins import ClassWeightedLossMixin
 
 LABELS = [0, 2, 1, 0, 2, 2, -100, 0] * 100
 COUNTS = [300, 100, 300]
@@ -106,3 +108,47 @@ def test_what_cannot_be_counted_is_refused():
         count_classes(Samples([0], sample=lambda label: {"x": label}), 3)
     with pytest.raises(MisconfigurationError, match="a sample is int"):
         count_classes(Samples([0], sample=lambda label: label), 3)
+
+
+ROWS = [[0, 1, 1], [0, 0, -100], [0, 1, 0], [1, 1, 1]]
+OF_LABELS = [[3, 1], [1, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, Samples])
+def test_labels_of_which_any_number_may_hold(kind, tmp_path):
+    cache = tmp_path / "counts.json"
+    assert count_classes(kind(ROWS), 3, multi_label=True, cache=cache) == OF_LABELS
+    assert count_classes(Samples(ROWS), 3, multi_label=True, cache=cache) == OF_LABELS
+    module = type("Module", (ClassWeightedLossMixin, lightning.LightningModule), {})()
+    module.weigh_classes(count_classes(kind(ROWS), 3, multi_label=True))
+    assert module.class_weights.shape == (3, 2)
+
+
+def test_an_interrupted_pass_over_several_labels_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(class_counts, "SAVE_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        count_classes(Samples(ROWS * 200, fails_at=600), 3, cache=tmp_path / "counts.json", multi_label=True)
+    rest = Samples(ROWS * 200)
+    found = count_classes(rest, 3, cache=tmp_path / "counts.json", multi_label=True)
+    assert found == [[200 * count for count in pair] for pair in OF_LABELS]
+    assert len(rest.read) == class_counts.PROBES + len(rest) - 2 * class_counts.CHUNK
+
+
+def test_labels_that_do_not_fit_are_named():
+    with pytest.raises(DataError, match="label 1, 0 is 2, which is no class: there are 2"):
+        count_classes(np.array([[0, 1], [2, 1]]), 2, multi_label=True)
+    with pytest.raises(DataError, match=r"sample 0: labels must be 3, each 0 or 1, got shape \(2,\)"):
+        count_classes(Samples([[0, 1]]), 3, multi_label=True)
+    with pytest.raises(DataError, match=r"must be 2, each 0 or 1, got shape \(3,\)"):
+        count_classes(np.array([0, 1, 1]), 2, multi_label=True)
+    with pytest.raises(MisconfigurationError, match="`classes` must be their number, 1 or more, got 0"):
+        count_classes([[0]], 0, multi_label=True)
+
+
+def test_another_fingerprint_is_another_data_set(tmp_path):
+    """Its labels may differ where they are not probed."""
+    one, other = Samples(LABELS), Samples([LABELS[0], 1, *LABELS[2:]])
+    one.fingerprint, other.fingerprint = lambda: "first", lambda: "second"
+    cache = tmp_path / "counts.json"
+    assert count_classes(one, 3, cache=cache) == COUNTS
+    assert count_classes(other, 3, cache=cache) == [300, 101, 299]

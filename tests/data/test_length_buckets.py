@@ -9,8 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_tricks.data import LengthBucketSampler, TricksDataLoader, loader
+from lightning_tricks.data import ClassBalancedSampler, LengthBucketSampler, TricksDataLoader, loader
 from lightning_tricks.data._plan import continued
+from lightning_tricks.data._tails import gather_tails
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional.batching import share_out
 
@@ -70,10 +71,63 @@ def test_an_epoch_is_a_permutation_within_the_budget(lengths, options, world, wi
             for part in step:
                 cost = len(part) * int(sampler.costs[part].max())
                 if "max_tokens" in options:
-                    assert cost <= sampler.limit or (len(part) == 1 and "too_long" in options)
+                    assert cost <= sampler.limit or (len(part) == 1 and options.get("too_long") == "own_batch")
                 else:
                     # One more where the last step would leave a rank without a sample, and nobody can give one.
                     assert len(part) <= sampler.limit + (sampler.limit == 1)
+
+
+MANY = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 500)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MANY, st.integers(60, 130), WORLDS, st.integers(1, 100), st.integers(0, 9))
+def test_every_epoch_has_the_promised_steps(runs, budget, world, window, seed):
+    """Many samples of few lengths, most of which fill a batch by themselves: there is little to split."""
+    lengths = np.repeat(*np.array(runs).T)
+    sampler = LengthBucketSampler(lengths, max_tokens=budget, window=window, seed=seed)
+    if fewest(lengths, sampler, world, budget) * world > len(lengths):
+        with pytest.raises(DataError, match=r"cannot be shared out evenly|cannot give each of"):
+            sampler.steps(world, budget)
+        return
+    for epoch in (0, 1, 2):
+        sampler.set_epoch(epoch)
+        steps = parts(sampler.plan(world, budget), world)
+        assert len(steps) == sampler.steps(world, budget)
+        assert flat(steps) == list(range(len(lengths)))
+        for step in steps:
+            assert all(part and len(part) * lengths[part].max() <= budget for part in step)
+
+
+def test_where_nearly_every_sample_fills_a_batch_alone():
+    """A hundredth of the steps more than the fewest are as many as there are samples for: 203 of 8."""
+    sampler = LengthBucketSampler([60] * 1587 + [40] * 37, max_tokens=100)
+    steps = parts(sampler.plan(8, 100), 8)
+    assert len(steps) == sampler.steps(8, 100) == 203
+    assert flat(steps) == list(range(1624))
+
+
+def test_several_steps_give_what_the_last_one_lacks():
+    order, sizes = gather_tails(np.arange(24), np.array([9, 9, 6]), np.ones(24, int), 8, per_rank=None, budget=1)
+    assert sizes.tolist() == [8, 8, 8]
+    assert [*order[:8], *order[8:16]] == [*range(8), *range(9, 17)]
+    assert sorted(order[16:].tolist()) == [8, 17, *range(18, 24)]
+
+
+def test_other_steps_than_can_be_had_are_refused():
+    sampler = LengthBucketSampler(corpus(), max_tokens=512)
+    with pytest.raises(MisconfigurationError, match=r"1500 samples cannot be had in 2 steps on 4 .*leave it to"):
+        sampler.plan(4, 512, steps=2)
+
+
+def fewest(lengths, sampler, world, limit):
+    """Steps, at least, by plain counting: the longest samples first, as many to a batch as it takes."""
+    if not sampler.by_tokens:
+        return max(1, len(lengths) // world if limit == 1 else -(-len(lengths) // (world * limit)))
+    found, left = 0, sorted(lengths, reverse=True)
+    while left:
+        found, left = found + 1, left[max(1, limit // int(left[0])) :]
+    return -(-found // world)
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,17 +137,24 @@ def test_an_interrupted_epoch_goes_on_sample_exactly(lengths, options, before, a
     steps = parts(planned(sampler, before), before)
     planned(sampler, after)
     taken = data.draw(st.integers(1, len(steps)))
+    left, wanted = flat(steps[taken:]), sampler.steps(after, sampler.limit) - taken
     segments = [(before, sampler.limit, taken), (after, sampler.limit, 0)]
-    try:
-        plan, done = continued(sampler, segments)
-    except MisconfigurationError:
-        left, wanted = len(flat(steps[taken:])), sampler.steps(after, sampler.limit) - taken
-        # Only what can be seen to be impossible, or more ranks than before, may be refused.
-        assert after > before or wanted < 1 or left < wanted * after or options.get("max_tokens", 0) < 120
+    # What is impossible is refused, and nothing else.
+    if wanted < 1 or len(left) < wanted * after or fewest(sampler.costs[left], sampler, after, sampler.limit) > wanted:
+        with pytest.raises(MisconfigurationError, match="Lightning counts on that number"):
+            continued(sampler, segments)
         return
+    plan, done = continued(sampler, segments)
+    second = parts(plan, after)
     assert done == taken
-    assert flat(steps[:taken] + parts(plan, after)) == flat(steps)
+    assert flat(steps[:taken] + second) == flat(steps)
     assert taken + len(plan) == sampler.steps(after, sampler.limit)
+    for part in (part for step in second for part in step):
+        cost = len(part) * int(sampler.costs[part].max())
+        if sampler.by_tokens:
+            assert cost <= sampler.limit or (len(part) == 1 and options.get("too_long") == "own_batch")
+        else:
+            assert len(part) <= sampler.limit + (sampler.limit == 1)
 
 
 def test_fewer_ranks_go_on_in_mid_epoch_by_tokens():
@@ -141,10 +202,17 @@ def test_epochs_differ_and_repeat():
     assert orders[0] != parts(LengthBucketSampler(corpus(), max_tokens=512, seed=1).plan(1, 512), 1)
 
 
-def test_the_order_does_not_leak_the_length():
-    sampler = LengthBucketSampler(corpus(20_000), max_tokens=512)
-    longest = [sampler.costs[step[0]].max() for step in parts(sampler.plan(1, 512), 1)]
-    assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 4 / np.sqrt(len(longest))
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("options", [{"max_tokens": 512}, {"batch_size": 16}])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_order_does_not_leak_the_length(options, world, balanced):
+    sampler = within = LengthBucketSampler(corpus(20_000), **options)
+    if balanced:
+        sampler = ClassBalancedSampler((corpus(20_000) % 7 == 0).astype(int), strategy="square_root", within=within)
+    steps = parts(sampler.plan(world, sampler.limit), world)
+    for rank in range(world):
+        longest = [within.costs[step[rank]].max() for step in steps]
+        assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 4 / np.sqrt(len(longest))
 
 
 def test_little_is_wasted_and_ranks_wait_little():
@@ -265,6 +333,21 @@ def test_other_data_is_refused_in_mid_epoch():
     lengths[7] += 1
     with pytest.raises(MisconfigurationError, match=r"with fingerprint of the lengths=.*, but now fingerprint"):
         bucketed(lengths).load_state_dict(one.state_dict())
+
+
+def test_another_choice_of_samples_is_refused_in_mid_epoch():
+    """Half the budget on twice the ranks would be the same steps, but it drops other samples."""
+    lengths = corpus(200)
+
+    def make(budget):
+        sampler = LengthBucketSampler(lengths, max_tokens=budget, window=5, too_long="drop")
+        return TricksDataLoader(torch.arange(200), sampler=sampler)
+
+    one = make(100)
+    next(iter(one))
+    make(200).load_state_dict(make(200).state_dict())
+    with pytest.raises(MisconfigurationError, match=r"with fingerprint of the lengths=.*, but now fingerprint"):
+        make(50).load_state_dict(one.state_dict())
 
 
 def test_another_version_s_order_is_refused_in_mid_epoch():

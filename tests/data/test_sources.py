@@ -1,5 +1,6 @@
 """Sources of data larger than memory: Parquet files and iterables, whole and damaged."""
 
+import gzip
 import os
 import pickle
 import subprocess
@@ -288,6 +289,52 @@ def test_iterables_that_cannot_be_meant():
 
     with pytest.raises(DataError, match="Shard 1 cannot be read: no such block"):
         IterableSource([[1], Broken()])
+
+
+class Compressed:
+    """A file of lines."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __iter__(self):
+        with gzip.open(self.path, "rt") as lines:
+            yield from (line.rstrip() for line in lines)
+
+
+def compressed(folder, cut=None):
+    """Three shards of 1,500 lines; of the second, `cut` bytes are left, or bytes in the middle are others."""
+    paths = [folder / f"{number}.gz" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(gzip.compress("".join(f"{number} {line * 7919 % 1500}\n" for line in range(1500)).encode()))
+    content = bytearray(paths[1].read_bytes())
+    content[len(content) // 2 :] = b"" if cut else bytes(255 - value for value in content[len(content) // 2 :])
+    paths[1].write_bytes(content)
+    return [Compressed(path) for path in paths]
+
+
+@pytest.mark.parametrize(("cut", "why"), [(True, "Compressed file ended"), (False, "decompressing|Not a gzip|CRC")])
+@pytest.mark.parametrize("rows", [None, [1500] * 3])
+def test_a_damaged_shard_is_named_and_left_out_only_on_request(tmp_path, cut, why, rows):
+    shards = compressed(tmp_path, cut)
+    with pytest.raises(DataError, match=rf"Shard 1 cannot be read: .*({why}).*`corrupted='skip'`"):
+        list(TricksDataLoader(IterableSource(shards, rows=rows), batch_size=100, shuffle=False, seed=0))
+    with pytest.warns(DegradedWarning, match=r"Left out of the data: Shard 1 cannot be read"):
+        source = IterableSource(shards, rows=rows, corrupted="skip")
+    assert [source[row].split()[0] for row in (0, 1499, 1500, 2999)] == ["0", "0", "2", "2"]
+    assert len(source) == 3000
+    with gzip.open(tmp_path / "2.gz", "wt") as file:
+        file.write("2 0\n")
+    anew = pickle.loads(pickle.dumps(source))  # without what it holds
+    with pytest.raises(DataError, match="Shard 2 has fewer than the 1500 rows"):
+        anew[2500]
+    with pytest.raises(MisconfigurationError, match="`corrupted` must be 'error' or 'skip', got 'ignore'"):
+        IterableSource(shards, corrupted="ignore")
+
+
+def test_an_empty_shard_is_none_that_is_damaged():
+    with pytest.raises(DataError, match="Shard 1 is empty"):
+        IterableSource([[1], []], corrupted="skip")
 
 
 @pytest.mark.parametrize(("change", "word"), [([1, 2], "fewer"), ([1, 2, 3, 4], "more")])

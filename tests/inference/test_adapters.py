@@ -121,3 +121,30 @@ def test_adapters_of_others_are_refused(save, tmp_path, key):
     path = save("peft", {key: torch.ones(2, 5)})
     with pytest.raises(CheckpointError, match=rf"peft\.ckpt.*`{key}`, which is not of a single plain LoRA adapter"):
         average_checkpoints([path], tmp_path / "mean.ckpt", module=Adapted())
+
+
+class InFewBits(LoRAMixin, L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.ModuleDict({"query": nn.Linear(64, 8)})
+        self.adapt(self.net, LoRA(rank=2, targets=("query",)), base="nf4")
+
+
+def test_a_base_in_few_bits_is_refused_and_exported_members_are_averaged(saved, tmp_path):
+    paths, exported, merged = [], [], []
+    for seed in range(2):
+        member = InFewBits()
+        layer = member.net["query"]
+        nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(seed))
+        update = layer.adapters["default"].scale * layer.lora_B.double().t() @ layer.lora_A.double()
+        merged.append(layer.weight.double() + update)
+        paths.append(saved(f"packed {seed}", member))
+        exported.append(tmp_path / f"whole {seed}.safetensors")
+        member.export_merged(exported[-1], module=member.net)
+    with pytest.raises(CheckpointError, match=r"packed 0\.ckpt.*`module` keeps in nf4.*`export_merged.*Prediction"):
+        average_checkpoints(paths, tmp_path / "mean.ckpt", module=InFewBits())
+    assert not (tmp_path / "mean.ckpt").exists()
+    average_checkpoints(exported, tmp_path / "mean.ckpt")
+    found = torch.load(tmp_path / "mean.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(found["query.weight"].double(), sum(merged) / 2, rtol=1e-5, atol=1e-5)

@@ -37,7 +37,20 @@ def test_is_the_weighted_mean(save, tmp_path, suffix, weights):
         expected = torch.einsum("k,k...->...", w / w.sum(), stacked)
         torch.testing.assert_close(state[name], expected.float(), rtol=3e-7, atol=3e-7)
     assert (state["count"].item(), state["mask"].item()) == (3, False)
-    assert (done.members, done.skipped) == (tuple(paths), {})
+    assert done.members == tuple(path for path, share in zip(paths, w, strict=True) if share > 0)
+    assert done.skipped == {}
+
+
+def test_a_member_of_weight_0_is_checked_and_not_read(save, tmp_path):
+    """NaN times 0 is NaN, and its counts would win for being the newest."""
+    spoilt = {**tensors(9), "w": torch.full((4, 3), float("nan"))}
+    paths = [save("good", tensors(1), global_step=1), save("spoilt", spoilt, global_step=9)]
+    done = average_checkpoints(paths, tmp_path / "mean.ckpt", weights=[1, 0])
+    file = torch.load(done.path, weights_only=True)
+    assert torch.equal(file["state_dict"]["w"], tensors(1)["w"])
+    assert (file["state_dict"]["count"].item(), file["global_step"], done.members) == (1, 1, (paths[0],))
+    with pytest.raises(CheckpointError, match=r"odd\.ckpt.*`w` is absent"):
+        average_checkpoints([paths[0], save("odd", {"x": torch.ones(1)})], tmp_path / "m.ckpt", weights=[1, 0])
 
 
 def test_integers_and_hyper_parameters_come_from_the_newest_whatever_the_order(save, tmp_path):
@@ -109,6 +122,11 @@ OTHERS = {
     "data": ({}, {"datamodule_hyper_parameters": {"tokenizer": "y"}}, "`tokenizer` is 'y' in the one and 'x'"),
     "an average": ({}, {"averaging_state": {"n_averaged": 3}}, "holds a running average of the weights"),
     "the suite's average": ({}, {"lightning_tricks": {"averaged": {"updates": "3"}}}, "holds a running average"),
+    "two sets of ours": (
+        {},
+        {"lightning_tricks": {"values": {"WeightAveraging{'policy': 'EMA'}#0": {"w": torch.ones(4, 3)}}}},
+        "full checkpoint of a run with WeightAveraging.*two sets of weights.*save_weights_only=True.*consolidate",
+    ),
     "two sets": ({}, {"state_dict_ema": {}}, "two sets of weights, `state_dict` and `state_dict_ema`"),
     "base": ({}, {"lightning_tricks": {"base": {"e.w": {"shape": "1", "float32": "00"}}}}, "different frozen.*`e.w`"),
 }

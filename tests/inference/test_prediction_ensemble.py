@@ -1,5 +1,7 @@
 """Prediction ensembles: the mean of what the members predict, however they are loaded."""
 
+import copy
+
 import lightning as L
 import pytest
 import torch
@@ -90,6 +92,28 @@ def test_predicts_the_mean(trainer, saved, data, kind, loading, mean):
     )
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     assert (logits[0] - logits[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("loading", ["lazy", "stacked"])
+def test_members_of_another_dtype_are_computed_in_the_modules(saved, data, loading):
+    members = [some(Net, seed).half() for seed in range(3)]
+    ensemble = PredictionEnsemble(saved(members), Net(), loading=loading)
+    x = data.dataset.tensors[0]
+    for dtype in (torch.float32, torch.float64):
+        with torch.no_grad():
+            expected = sum(copy.deepcopy(member).to(dtype)(x.to(dtype)).softmax(-1) for member in members) / 3
+        found = ensemble.to(dtype)(x.to(dtype))
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+        ensemble.bfloat16()(x.bfloat16())  # rounds nothing for good
+
+
+def test_the_stack_does_not_stay_where_the_module_was(saved):
+    ensemble = PredictionEnsemble(saved([some(Net, seed) for seed in range(2)]), Net(), loading="stacked")
+    ensemble(torch.ones(3, 5))
+    ensemble.to("meta")
+    assert not ensemble._stack
+    assert ensemble(torch.ones(3, 5, device="meta")).device.type == "meta"
+    assert {tensor.device.type for tensor in ensemble._stack.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("stage", ["test", "validate"])

@@ -40,7 +40,7 @@ CASES = {
     "rsLoRA": (Table, ids, LoRA(rank=4, alpha=3, targets=("query", "value", "table"), rslora=True)),
     "ranks": (Table, ids, LoRA(rank={"query": 3, "*": 2}, alpha={"value": 5.0, "*": 2.0}, targets=("query", "value"))),
     "PiSSA": (Table, ids, LoRA(rank=2, alpha=3, targets=("query", "value"), init="pissa", rslora=True)),
-    "parts": (Table, ids, LoRA(rank=2, alpha=3, targets=("query", "value:q,v"))),
+    "parts": (Table, ids, LoRA(rank=2, alpha=3, targets=("query", "value:0-2,4-6"))),
     "convolutions": (Convolutions, images, LoRA(rank=2, alpha=3, targets=("first", "third", "out"))),
     "DoRA": (Table, ids, DoRA(rank=2, alpha=3, targets=("query", "value"))),
     "IA3": (Table, ids, IA3(targets=("query",), feedforward=("value",))),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import lightning_tricks
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.mixins import (
     Balanced,
@@ -69,6 +70,30 @@ def test_a_policy_of_ones_own():
     assert Model(COUNTS, Doubling()).class_weights.tolist() == [1.0, 2.0, 4.0]
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1.0, -2.0, 4.0], "must be finite and above 0"),
+        ([1.0, float("nan"), 4.0], "must be finite and above 0"),
+        ([1.0, 2.0], "one for each of the 3 classes"),
+        (None, "must be numbers"),
+    ],
+)
+def test_what_a_policy_of_ones_own_gives_is_checked(values, words):
+    class Wrong:
+        def weights(self, counts):
+            return None if values is None else torch.tensor(values)
+
+    with pytest.raises(MisconfigurationError, match=f"Wrong.weights gave what are no weights: .*{words}"):
+        Model(COUNTS, Wrong())
+
+
+@pytest.mark.parametrize("counts", [[0, 100, 0], torch.tensor([0, 100, 0])])
+def test_examples_all_of_one_class_are_refused(counts):
+    with pytest.raises(DataError, match="all 100 training examples are of class 1: there is nothing to tell apart"):
+        Model(counts)
+
+
 def test_weights_from_a_file(tmp_path):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps([1, 2.5, 4]))
@@ -76,6 +101,16 @@ def test_weights_from_a_file(tmp_path):
     path.write_text("{}")
     with pytest.raises(DataError, match=r"weights\.json holds dict and not a list"):
         ExplicitWeights(path).weights(COUNTS)
+    pairs = [[1.0, 9.0], [1.0, 2.0], [1.0, 0.5]]
+    path.write_text(json.dumps(pairs))
+    of_labels = [[90, 10], [66, 33], [50, 50]]
+    assert Model(of_labels, ExplicitWeights(path)).class_weights.tolist() == pairs
+    assert Model(of_labels, ExplicitWeights(torch.tensor(pairs))).class_weights.tolist() == pairs
+    assert Model(of_labels, ExplicitWeights([1, 3])).class_weights.tolist() == [[1.0, 3.0]] * 3
+    with pytest.raises(MisconfigurationError, match="a pair for each of the 2 labels"):
+        Model(of_labels[:2], ExplicitWeights(path))
+    with pytest.raises(MisconfigurationError, match="must be finite and above 0"):
+        Model(of_labels[:2], ExplicitWeights([[1, 2], [1, -2]]))
     with pytest.raises(DataError, match=r"cannot be read from .*absent\.json"):
         ExplicitWeights(tmp_path / "absent.json").weights(COUNTS)
 
@@ -90,7 +125,7 @@ def test_weights_from_a_file(tmp_path):
         (lambda: EffectiveNumber(1.0), "`beta` must be 0 or more and below 1"),
         (lambda: Model(COUNTS, ExplicitWeights([1.0, 2.0])), "one for each of the 3 classes"),
         (lambda: Model([[1, 2], [3]]), "`counts`"),
-        (lambda: Model([[1, 2, 3], [3, 4, 5]], ExplicitWeights([1.0, 2.0])), "one for each of the 3 classes"),
+        (lambda: Model([[1, 2, 3], [3, 4, 5]]), r"`counts` of labels must be of shape \(K, 2\), .* got \(2, 3\)"),
     ],
 )
 def test_bad_options_are_refused(make, words):
@@ -115,13 +150,80 @@ def test_losses_are_those_of_their_policies():
 
 def test_logits_are_adjusted_in_the_loss_only():
     model = Model(COUNTS, loss=LogitAdjusted(1.0))
-    x = torch.randn(5, 4)
-    for mode in (True, False):
-        torch.testing.assert_close(model.train(mode)(x), model.net(x), rtol=0, atol=0)
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 2, 0])
+    prior = (torch.tensor(COUNTS) / 100).log()
+    plain, adjusted = F.cross_entropy(model.net(x), y), F.cross_entropy(model.net(x) + prior, y)
+    assert (plain - adjusted).abs() > 0.01
+    torch.testing.assert_close(model.train().class_weighted_loss(model(x), y), adjusted)
+    torch.testing.assert_close(model.eval().class_weighted_loss(model(x), y), plain)
+
+
+@pytest.mark.parametrize("counts", [COUNTS, [[90, 10], [50, 50], [20, 80]]])
+def test_in_a_fit_validation_is_on_plain_logits(counts):
+    """Trap H5: what validation logs is the loss of the scores by which classes are decided."""
+    model = Model(counts, loss=LogitAdjusted(1.0))
+    y = torch.tensor([0, 1, 2, 2, 0, 1, 0, 0])
+    if isinstance(counts[0], list):
+        y = F.one_hot(y, 3)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 4), y), batch_size=8)
+    fit = trainer(max_steps=1, limit_train_batches=1)
+    fit.fit(model, data, data)
+    x, logits = data.dataset.tensors[0], model(data.dataset.tensors[0])
+    expected = F.cross_entropy(logits, y) if y.ndim == 1 else F.binary_cross_entropy_with_logits(logits, y.float())
+    assert len(x) == 8
+    torch.testing.assert_close(fit.callback_metrics["val/loss"], expected.detach())
+
+
+def test_the_prior_is_no_second_weighting():
+    """Trap H4: what corrects by itself gets equal weights, and is told of where others are asked for."""
+    assert Model(COUNTS, loss=LogitAdjusted()).class_weights.tolist() == [1.0, 1.0, 1.0]
+    assert labelled_plainly(loss=LogitAdjusted()).class_weights.tolist() == [[1.0, 1.0]] * 4
+    with pytest.warns(UserWarning, match=r"LogitAdjusted\(tau=1.0\) corrects the imbalance by itself, and Balanced"):
+        Model(COUNTS, Balanced(), loss=LogitAdjusted())
+    Model(COUNTS, Balanced(), loss=LogitAdjusted(0.0))
+
+    class Own(CrossEntropy):
+        balances = True
+
+    assert Model(COUNTS, loss=Own()).class_weights.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_equal_weights_need_what_others_need_of_the_engine():
+    """A mean over ranks and windows is exact, or refused, whatever the weights."""
+    for policy in (Balanced(), EffectiveNumber(0.0)):
+        report = lightning_tricks.check(trainer(), Model(COUNTS, policy))
+        assert "ClassWeightedLossMixin" in [finding.trick for finding in report.findings]
+
+
+def labelled_plainly(**options):
+    return Model([[90, 10], [50, 50], [1, 99], [20, 80]], classes=4, **options)
 
 
 def labelled(**options):
     return Model([[90, 10], [50, 50], [0, 100], [20, 80]], classes=4, **options)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), Focal(2.0), LogitAdjusted(1.0)])
+def test_one_logit_for_two_classes(loss):
+    """The binary form: the score of class 1, as that of two classes whose first has the score 0."""
+    model, logits, targets = (
+        Model([90, 10], loss=loss, classes=2),
+        torch.randn(7),
+        torch.tensor([0, 1, 1, 0, -100, 0, 1]),
+    )
+    found = model.class_weighted_loss(logits, targets)
+    torch.testing.assert_close(found, model.class_weighted_loss(torch.stack([torch.zeros(7), logits], dim=1), targets))
+    if loss == CrossEntropy():
+        kept, weights = targets >= 0, model.class_weights[targets.clamp_min(0)]
+        wanted = F.binary_cross_entropy_with_logits(logits, targets.clamp_min(0).float(), weights, reduction="none")
+        torch.testing.assert_close(found, wanted[kept].sum() / weights[kept].sum())
+    model.eval().class_weighted_loss(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([1, 1, 0]))
+    model._class_recalls.close(2, lambda numbers: numbers, model.device, keep=True)
+    assert [row.after for row in model.class_report()] == [0.0, 0.5]
+    with pytest.raises(MisconfigurationError, match=r"of shape \(N, 2, ...\) or \(N,\), since"):
+        model.class_weighted_loss(torch.zeros(3, 3), targets[:3])
+    with pytest.raises(MisconfigurationError, match=r"of shape \(N, 3, ...\), since"):
+        Model(COUNTS).class_weighted_loss(logits, targets)
 
 
 @pytest.mark.filterwarnings("ignore:No training example")
@@ -140,7 +242,7 @@ def test_labels_that_may_hold_together():
         model.class_weighted_loss(logits, targets.float())
     with pytest.raises(MisconfigurationError, match=r"of shape \(N, 4\), since `weigh_classes` got counts of 4 labels"):
         model.class_weighted_loss(logits[:, :3], targets)
-    with pytest.raises(DataError, match="target 2 is no class: there are 2"):
+    with pytest.raises(DataError, match=r"sample 0 of the batch, at [0-3], has the target 2, which is no class"):
         model.class_weighted_loss(logits, targets + 1)
     with pytest.raises(MisconfigurationError, match="label smoothing is for classes"):
         labelled(loss=CrossEntropy(0.1)).class_weighted_loss(logits, targets)
@@ -185,6 +287,23 @@ def test_recalls_are_those_of_the_first_and_the_last_validation(caplog):
     assert sum(row.before for row in rows) < sum(row.after for row in rows)
     (told,) = [record.message for record in caplog.records if "class by class" in record.message]
     assert "Model, class by class:\nclass    count  weight  recall first  last\n    0       50    0.67" in told
+
+
+def test_recalls_before_training_are_those_of_a_whole_sanity_check(caplog):
+    model, val = Model(), separable(40)
+    x, y = (torch.cat(part) for part in zip(*val, strict=True))
+    found = model(x).argmax(1)
+    expected = [((found == y) & (y == k)).sum().item() / (y == k).sum().item() for k in range(3)]
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        trainer(max_epochs=6, max_steps=-1, num_sanity_val_steps=-1).fit(model, separable(60), val)
+    assert [row.before for row in model.class_report()] == expected
+    assert [row.after for row in model.class_report()] != expected
+    assert "class    count  weight  recall before after" in caplog.text
+    partly = Model()
+    partly.load_state_dict(model.state_dict())
+    trainer(max_epochs=1, max_steps=-1, num_sanity_val_steps=2).fit(partly, separable(60), val)
+    rows = partly.class_report()
+    assert [row.before for row in rows] == [row.after for row in rows], "there was one whole validation"
 
 
 def test_ignored_targets_and_labels_are_counted_as_they_are():

@@ -125,5 +125,7 @@ def test_shapes_and_types_that_do_not_fit_are_refused(logits, targets, message):
 
 @pytest.mark.parametrize("wrong", [3, -1])
 def test_a_target_that_is_no_class_is_refused(wrong):
-    with pytest.raises(DataError, match=f"target {wrong} is no class: there are 3"):
+    with pytest.raises(DataError, match=f"sample 1 of the batch has the target {wrong}, which is no class: "):
         Model().class_weighted_loss(torch.zeros(2, 3), torch.tensor([0, wrong]))
+    with pytest.raises(DataError, match=rf"sample 0 of the batch, at 4, has the target {wrong}, which"):
+        Model().class_weighted_loss(torch.zeros(1, 3, 5), torch.tensor([[0, -100, 1, 2, wrong]]))

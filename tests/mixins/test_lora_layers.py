@@ -165,12 +165,12 @@ def test_dora_learns_with_dropout_and_drops_nothing_in_evaluation():
 
 
 def test_parts_of_a_fused_projection():
-    model = Bare(nn.ModuleDict({"qkv": nn.Linear(6, 9)}))
+    model = Bare(nn.ModuleDict({"qkv": nn.Linear(3, 9)}))
     base = copy.deepcopy(model.net["qkv"])
     model.adapt(model.net, LoRA(rank=2, alpha=4, targets=("qkv:q,v",)))
-    layer, x = model.net["qkv"], torch.randn(5, 6)
+    layer, x = model.net["qkv"], torch.randn(5, 3)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters() if p.requires_grad} == {
-        "lora_A": (4, 6),
+        "lora_A": (4, 3),
         "lora_B": (2, 6),
     }
     nn.init.normal_(layer.lora_B)
@@ -199,11 +199,11 @@ def test_gpt2_medium_has_the_parameters_of_true_q_and_v():
         ("qkv:q,w", "'w' is no part of `qkv`: write q, k or v"),
         ("qkv:0-4,3-9", "overlap, or leave its 9 outputs"),
         ("qkv:0-10", "overlap, or leave"),
-        ("other:q", "`other` has 8 outputs, which are not three equal parts"),
+        ("other:q", "`other` has 8 outputs and 6 inputs, so that q, k and v are not told to be three"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(targets, message):
-    model = Bare(nn.ModuleDict({"qkv": nn.Linear(6, 9), "other": nn.Linear(6, 8)}))
+    model = Bare(nn.ModuleDict({"qkv": nn.Linear(3, 9), "other": nn.Linear(6, 8)}))
     with pytest.raises(MisconfigurationError, match=message):
         model.adapt(model.net, LoRA(rank=2, targets=(targets,)))
 

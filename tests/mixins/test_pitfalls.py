@@ -6,10 +6,20 @@ import torch
 from torch import nn
 
 from lightning_tricks.errors import UnsupportedError
-from lightning_tricks.mixins import IA3, AdapterMixin, Bottleneck, DoRA, LoRA
-from tests.mixins.models import QUIET, Encoder, trainer
-from tests.mixins.test_prompts import decoder
+from lightning_tricks.mixins import (
+    IA3,
+    AdapterFusion,
+    AdapterMixin,
+    Bottleneck,
+    DoRA,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+)
+from tests.mixins.models import QUIET, Encoder, moved, trainer
+from tests.mixins.test_prompts import IDS, MASK, decoder
 
+transformers = pytest.importorskip("transformers")
 pytestmark = QUIET
 
 METHODS = {
@@ -22,16 +32,18 @@ METHODS = {
 
 
 class Bare(AdapterMixin, L.LightningModule):
-    def __init__(self, net, policy):
+    def __init__(self, net, *policies):
         super().__init__()
         self.net = net
-        self.adapt(self.net, policy)
+        for number, policy in enumerate(policies):
+            self.adapt(self.net, policy, name=f"n{number}")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_inference_without_gradients_is_the_same(method):
-    model, x = Bare(Encoder(), METHODS[method]).eval(), torch.randn(5, 6)
+    model, x = moved(Bare(Encoder(), METHODS[method])).eval(), torch.randn(5, 6)
     expected = model.net(x)
+    assert (expected - Encoder()(x)).abs().max() > 1e-3, "the adapter adds nothing"
     with torch.no_grad():
         assert torch.equal(model.net(x), expected)
     with torch.inference_mode():
@@ -45,21 +57,66 @@ def test_a_gradient_penalty_is_refused_by_name(method):
         torch.autograd.grad(model.net(x).sum(), x, create_graph=True)
 
 
+def conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Sequential(Conv1D(5, 6), nn.ReLU(inplace=True), Conv1D(4, 5))
+
+
+def table():
+    return nn.Sequential(nn.Embedding(9, 6), nn.Tanh(), nn.Linear(6, 4))
+
+
+def vectors():
+    return {"input": torch.randn(7, 6, requires_grad=True)}
+
+
+FUSED = [*[Bottleneck(width=2, targets=("pooler",))] * 2, AdapterFusion(adapters=("n0", "n1"))]
+NETS = {
+    **{name: (Encoder, [policy], lambda: {"x": torch.randn(7, 6)}) for name, policy in METHODS.items()},
+    "fusion": (Encoder, FUSED, lambda: {"x": torch.randn(7, 6)}),
+    "embedding": (table, [LoRA(rank=2, targets=("0", "2"))], lambda: {"input": torch.randint(0, 9, (3, 4))}),
+    "Conv1D": (conv1d, [LoRA(rank=2, targets=("0", "2"))], vectors),
+    "DoRA of Conv1D": (conv1d, [DoRA(rank=2, targets=("0", "2"))], vectors),
+    "prompt": (decoder, [PromptTuning(tokens=3)], lambda: {"input_ids": IDS, "attention_mask": MASK}),
+    "prefix": (decoder, [PrefixTuning(tokens=3)], lambda: {"input_ids": IDS, "attention_mask": MASK}),
+}
+TWO_GRAPHS = ("dropout", "prompt", "prefix")  # what drops out in training alone, as decoders' own layers do
+
+
+def whole_loss(output):
+    return (output.logits if hasattr(output, "logits") else output).square().sum()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so itself
-@pytest.mark.parametrize("method", METHODS)
-def test_compiles_into_one_graph_and_stays_compiled(method):
+@pytest.mark.parametrize("case", NETS)
+def test_compiles_into_one_graph_and_stays_compiled(case):
+    build, policies, inputs = NETS[case]
     torch.compiler.reset()
-    model, x = Bare(Encoder(), METHODS[method]), torch.randn(7, 6, requires_grad=True)
-    compiled = torch.compile(model.net, backend="aot_eager", fullgraph=True)
-    for mode in (True, False):
+    model, x = moved(Bare(build(), *policies)), inputs()
+    if isinstance(model.net, transformers.PreTrainedModel):
+        model.net.config.use_cache = False
+        nn.init.normal_(next(p for p in model.parameters() if p.requires_grad))
+    # A function around the net, as a `forward` would be: what hangs on the net itself is to be in the graph as well.
+    compiled = torch.compile(lambda **inputs: model.net(**inputs), backend="aot_eager", fullgraph=True)
+    for mode in (True, False) if case in TWO_GRAPHS else (True,):
         model.train(mode)
-        compiled(x).sum().backward()
+        whole_loss(compiled(**x)).backward()
     with torch.compiler.set_stance("fail_on_recompile"):
-        model.train()
-        compiled(x).sum().backward()
-        model.eval()
-        torch.testing.assert_close(compiled(x), model.net(x))
+        for mode in (False, True):
+            model.train(mode)
+            model.zero_grad()
+            found = whole_loss(compiled(**x))
+            found.backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+            if not (mode and case in TWO_GRAPHS):
+                model.zero_grad()
+                expected = whole_loss(model.net(**x))
+                expected.backward()
+                torch.testing.assert_close(found, expected)
+                torch.testing.assert_close(gradients, {name: model.get_parameter(name).grad for name in gradients})
+                assert all(gradient.any() for gradient in gradients.values())
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -86,17 +143,15 @@ def test_checkpointed_activations_behind_frozen_embeddings_train(use_reentrant):
     assert all(block.attn.c_attn.lora_B.abs().max() > 0 for block in net.transformer.h)
 
 
-def test_batch_norms_of_a_frozen_base_follow_the_modules_mode():
+def test_batch_norms_of_a_frozen_base_keep_their_statistics():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     model = Bare(net, LoRA(rank=2, targets=("0",)))
     before = net[1].running_mean.clone()
-    model.eval()
-    model.net(torch.randn(9, 4) + 3)
-    assert torch.equal(net[1].running_mean, before)
-    model.train()
-    model.net(torch.randn(9, 4) + 3)
-    assert not torch.equal(net[1].running_mean, before)
-    assert "net.1.running_mean" in model.state_dict(), "what moves is in checkpoints"
+    for mode in (False, True):
+        model.train(mode)
+        model.net(torch.randn(9, 4) + 3)
+        assert torch.equal(net[1].running_mean, before)
+    assert "net.1.running_mean" in model.state_dict()
 
 
 def test_keys_of_the_base_stay():

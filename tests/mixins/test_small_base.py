@@ -28,7 +28,7 @@ METHODS = {
     "LoRA": LoRA(rank=2, alpha=3, targets=("query", "value")),
     "rsLoRA": LoRA(rank=2, alpha=3, targets=("query", "value"), rslora=True),
     "PiSSA": LoRA(rank=2, alpha=3, targets=("query", "value"), init="pissa"),
-    "part": LoRA(rank=2, alpha=3, targets=("query", "value:k,v")),
+    "part": LoRA(rank=2, alpha=3, targets=("query", "value:2-4,4-6")),
     "DoRA": DoRA(rank=2, alpha=3, targets=("query", "value")),
 }
 

@@ -11,7 +11,7 @@ from lightning_tricks.mixins import DoRA, LoRA
 from tests.mixins.models import QUIET, Holder, moved
 from tests.mixins.test_adapter_files import peft_load
 
-pytestmark = [*QUIET, pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [*QUIET, pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
