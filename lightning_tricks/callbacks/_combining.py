@@ -161,6 +161,8 @@ class Combiner:
 
     def _validated(self) -> dict[str, float]:
         found = validate(self.trainer)
-        if self.monitor is not None and self.monitor.name in found:
-            found[self.monitor.name] = joint(found[self.monitor.name], self.trainer.lightning_module, self.engine)
+        if self.monitor is not None:
+            name = self.monitor.name
+            mean = joint(name, found.get(name), self.trainer.lightning_module, self.engine)
+            found |= {} if mean is None else {name: mean}
         return found

@@ -14,7 +14,14 @@ from lightning_tricks.storage._atomic import atomic_file
 __all__ = ["write_ensemble"]
 
 
-def write_ensemble(trainer: Trainer, engine: Engine, weights: Path, out: Path, members: list[dict[str, Any]]) -> None:
+def write_ensemble(
+    trainer: Trainer,
+    engine: Engine,
+    weights: Path,
+    out: Path,
+    members: list[dict[str, Any]],
+    moment: tuple[int, int] | None = None,
+) -> None:
     """Write a Lightning checkpoint of these weights: no optimizer, but hyper-parameters and the module's own state.
 
     The module's `on_save_checkpoint` runs on every rank, as in any checkpoint; ranks other than 0 give it tensors
@@ -26,10 +33,12 @@ def write_ensemble(trainer: Trainer, engine: Engine, weights: Path, out: Path, m
         weights: the weights file to wrap.
         out: the checkpoint to write; it appears only when it is complete.
         members: what the weights are the average of.
+        moment: the epoch and the optimizer step that the weights are of; None: the present ones.
     """
+    epoch, step = (trainer.current_epoch, trainer.global_step) if moment is None else moment
     checkpoint: dict[str, Any] = {
-        "epoch": trainer.current_epoch,
-        "global_step": trainer.global_step,
+        "epoch": epoch,
+        "global_step": step,
         "pytorch-lightning_version": lightning.__version__,
         "state_dict": _state_dict(weights, engine.rank == 0),
         **_hyper_parameters(trainer),

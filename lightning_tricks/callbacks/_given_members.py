@@ -6,13 +6,8 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_tricks.engines import (
-    Stored,
-    average_stored,
-    open_checkpoint,
-    refuse_other_meaning,
-    refuse_other_weights,
-)
+from lightning_tricks.callbacks._ensemble_report import adapter_names
+from lightning_tricks.engines import Stored, average_stored, open_member, refuse_other_member
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 
 __all__ = ["GivenMembers"]
@@ -44,11 +39,10 @@ class GivenMembers:
         Raises:
             CheckpointError: naming the file and its first offending entry.
         """
-        self._opened = [open_checkpoint(path) for path in self.paths]
+        self._opened = [open_member(path) for path in self.paths]
         for stored in self._opened:
             self._refuse_adapters(stored)
-            refuse_other_weights(self._opened[0], stored)
-            refuse_other_meaning(self._opened[0], stored)
+            refuse_other_member(self._opened[0], stored)
         if not is_overridden("configure_model", module):
             self._refuse_other_module(module)
 
@@ -57,12 +51,11 @@ class GivenMembers:
         average_stored([self._opened[place] for place in places], weights, out, {})
 
     def _refuse_adapters(self, stored: Stored) -> None:
-        for name in stored.weights:
-            if "lora_" in name:
-                raise CheckpointError(
-                    f"{stored.path} holds adapters (`{name}`), and the mean of A and of B apart is not the mean of the"
-                    " products BA: average them with `lightning_tricks.inference.average_checkpoints(..., module=...)`."
-                )
+        if found := adapter_names(list(stored.weights)):
+            raise CheckpointError(
+                f"{stored.path} holds adapters (`{found[0]}`), and the mean of A and of B apart is not the mean of the"
+                " products BA: average them with `lightning_tricks.inference.average_checkpoints(..., module=...)`."
+            )
 
     def _refuse_other_module(self, module: LightningModule) -> None:
         here = {name.replace("_orig_mod.", ""): tuple(value.shape) for name, value in module.state_dict().items()}

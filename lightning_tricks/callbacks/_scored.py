@@ -1,6 +1,7 @@
 """What the callbacks share that act on a metric after each validation, and keep weights on a shelf."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -15,17 +16,24 @@ class ScoredCallback(TrickCallback, ABC):
     """Reads `_monitor` after each validation of a fit. Subclasses say what follows, in `_scored`."""
 
     _monitor: Monitor
+    _monitors: Sequence[Monitor]  # all of them, `_monitor` first
     _shelf: Shelf
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was logged before, which is not this validation's."""
+        if self._stage == "fit":
+            for monitor in self._monitors:
+                monitor.begin(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the metric, the same on every rank, and act on it; after the sanity check only see that it is there."""
         if self._stage != "fit":
             return
         if trainer.sanity_checking:
-            self._monitor.check(trainer)
+            self._monitor.check(trainer, pl_module, self.engine)
             return
         score = self._monitor.read(trainer, pl_module, self.engine)
-        if not is_dry_run(trainer):
+        if score is not None and not is_dry_run(trainer):
             self._shelf.settle(self.engine)
             self._scored(trainer, score)
 

@@ -1,6 +1,7 @@
 """One metric that early stopping watches: what counts as an improvement, and how long ago the last one was."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning_tricks.callbacks._patience import Clock
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import is_improvement
 
-__all__ = ["Point", "Tracker", "Watch"]
+__all__ = ["Point", "Tracker", "Watch", "watches"]
 
 Point = tuple[int, float, float]  # optimizer step, value, smoothed value
 
@@ -63,6 +64,42 @@ class Watch:
                 raise MisconfigurationError(f"`Watch`'s `{name}` must be a finite number or null, got {value!r}.")
 
 
+def watches(
+    monitor: str | Watch | Sequence[str | Watch],
+    *,
+    mode: Mode,
+    min_delta: float,
+    smoothing: float,
+    baseline: float | None,
+) -> list[Watch]:
+    """What `EarlyStopping` watches: each name with the options beside it, each `Watch` as it is.
+
+    Raises:
+        MisconfigurationError: for no metric, one twice, or options that none of them would heed.
+    """
+    given = [monitor] if isinstance(monitor, str | Watch) else list(monitor or [])
+    names = [each.monitor if isinstance(each, Watch) else each for each in given]
+    if not given or len(set(names)) < len(names):
+        raise MisconfigurationError(
+            f"EarlyStopping's `monitor` must name a metric, or several, each once, got {monitor!r}."
+        )
+    single = {"smoothing": (smoothing, 0.0), "baseline": (baseline, None)}
+    others = {"mode": (mode, "auto"), "min_delta": (min_delta, 0.0)}
+    named = sum(isinstance(each, str) for each in given)
+    unheeded = (single if len(given) > 1 or not named else {}) | (others if not named else {})
+    for option, (value, default) in unheeded.items():
+        if value != default:
+            raise MisconfigurationError(
+                f"EarlyStopping's `{option}`, got {value!r}, is for a metric given by its name"
+                f"{' alone' if option in single else ''}: pass it to `Watch(..., {option}={value!r})`."
+            )
+    own = (smoothing, baseline) if len(given) == 1 else (0.0, None)
+    return [
+        each if isinstance(each, Watch) else Watch(each, mode, min_delta, smoothing=own[0], baseline=own[1])
+        for each in given
+    ]
+
+
 class Tracker:
     """What has become of a watched metric.
 
@@ -75,13 +112,14 @@ class Tracker:
         self.mode = checked_mode("EarlyStopping", watch.monitor, watch.mode)
         self.best: float | None = None
         self.best_step: int | None = None
-        self.since = Clock()
+        self.now = self.since = Clock()  # of the last value, and of the last improvement
         self.improves = False  # by its last value: then nothing is stopped, whatever the baseline
         self.points: list[Point] = []
         self._sum = self._weight = 0.0
 
     def see(self, value: float, now: Clock) -> bool:
         """Take in a value; whether it is the best so far."""
+        self.now = now._replace(validations=self.now.validations + 1)  # those without a value do not count
         judged = self._smoothed(value)
         self.points.append((now.steps, value, judged))
         # With smoothing the past goes on being judged, but not at a value that is none.
@@ -90,8 +128,12 @@ class Tracker:
             return False
         self.best, self.best_step = judged, now.steps
         if self.watch.baseline is None or self._better(judged, self.watch.baseline):
-            self.since = now
+            self.since = self.now
         return True
+
+    def elapsed(self) -> Clock:
+        """How long it has not improved, at its last value."""
+        return self.now.since(self.since)
 
     def reached(self) -> bool:
         """Whether the last value is as good as the target."""
@@ -105,12 +147,14 @@ class Tracker:
     def state_dict(self) -> dict[str, Any]:
         """In plain types."""
         state: dict[str, Any] = {"best": self.best, "best_step": self.best_step, "since": list(self.since)}
+        state["now"] = list(self.now)
         past = {"points": [list(point) for point in self.points], "ema": [self._sum, self._weight]}
         return {**state, **past, "improves": self.improves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.best, self.best_step, self.since = state["best"], state["best_step"], Clock(*state["since"])
+        self.now = Clock(*state["now"])
         self.points = [(step, value, judged) for step, value, judged in state["points"]]
         self._sum, self._weight = state["ema"]
         self.improves = state["improves"]

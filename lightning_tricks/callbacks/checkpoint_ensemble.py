@@ -1,6 +1,5 @@
 """Keep checkpoints of a fit and combine them into one, or let them predict together."""
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from lightning_tricks.callbacks._combine_policies import CombinePolicy, GreedySo
 from lightning_tricks.callbacks._combining import Combiner, FromPaths, FromShelf, Source
 from lightning_tricks.callbacks._cycles import CYCLE_JOB, CYCLE_RULES, Cycles
 from lightning_tricks.callbacks._ensemble_file import write_ensemble
+from lightning_tricks.callbacks._ensemble_report import outcome, tell, tell_none, warn_of_adapters
 from lightning_tricks.callbacks._ensemble_rules import ENSEMBLE_RULES, monitored
 from lightning_tricks.callbacks._given_members import GivenMembers
 from lightning_tricks.callbacks._member_policies import Cyclic, MemberPolicy, TopK
@@ -29,8 +29,6 @@ from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.functional import rank_scores
 
 __all__ = ["CheckpointEnsemble"]
-
-log = logging.getLogger(__name__)
 
 _BEST_THREE = TopK()
 _UNIFORM = Uniform()
@@ -77,9 +75,9 @@ class CheckpointEnsemble(ScoredCallback):
         rejected: what `GreedySoup` left out: the score of the average with it, by its step or path.
 
     Raises:
-        MisconfigurationError: for a metric that validation does not log, a folder that cannot be written or that
-            another ensemble uses, running statistics under manual optimisation, or with `Cyclic` another scheduler or
-            a fit without an end.
+        MisconfigurationError: for a metric that the first validation does not log, or only some ranks do, a folder that
+            cannot be written or that another ensemble uses, running statistics under manual optimisation, or
+            with `Cyclic` another scheduler or a fit without an end.
         CheckpointError: before the fit, for given checkpoints that are damaged or do not match.
 
     Example:
@@ -121,8 +119,10 @@ class CheckpointEnsemble(ScoredCallback):
                 f"CheckpointEnsemble's `combine` must be a policy, got {combine!r}: try Uniform()."
             )
         self.members, self.combine, self.dirpath = members, combine, dirpath
-        if (found := monitored(members, combine)) is not None:
-            self._monitor = Monitor("CheckpointEnsemble", *found)
+        found = monitored(members, combine)
+        self._monitors = [] if found is None else [Monitor("CheckpointEnsemble", *found)]
+        if self._monitors:
+            self._monitor = self._monitors[0]
         if isinstance(members, Cyclic):  # this instance does another job as well
             jobs, rules = (*self.trick.jobs, CYCLE_JOB), (*self.trick.rules, *CYCLE_RULES)
             vars(self)["trick"] = Trick(jobs=jobs, needs=(*self.trick.needs, "was_step_applied"), rules=rules)
@@ -140,8 +140,10 @@ class CheckpointEnsemble(ScoredCallback):
         return [known[place] for place in rank_scores(known, mode=self._monitor.mode)] if known else []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the modes that the module trains in."""
+        """Note the modes that the module trains in; say what an average of adapters is not."""
         super().on_fit_start(trainer, pl_module)
+        if self._given is None and not isinstance(self.combine, Predictions):
+            warn_of_adapters(pl_module)
         self._statistics = AveragedStatistics(self.statistics_batches)
         self._statistics.begin(pl_module)
 
@@ -173,7 +175,7 @@ class CheckpointEnsemble(ScoredCallback):
         if isinstance(self.members, TopK):
             super().on_validation_end(trainer, pl_module)
         elif self.monitors and self._stage == "fit":
-            self._monitor.check(trainer)
+            self._monitor.check(trainer, pl_module, self.engine)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights at the end of an epoch."""
@@ -215,13 +217,9 @@ class CheckpointEnsemble(ScoredCallback):
 
     def _combine(self, trainer: Trainer, *, scored: bool) -> None:
         source, scores = self._source()
+        self.path, self.results, self.rejected = None, {}, {}  # a second fit of this Trainer makes its own
         if not source.names:
-            missing = (
-                f"no validation gave a finite `{self.members.monitor}`"
-                if isinstance(self.members, TopK)
-                else ("the fit ended before the first member was due")
-            )
-            rank_zero_warn(f"CheckpointEnsemble: {missing}: no ensemble.")
+            tell_none(self.members)
         elif isinstance(self.combine, Predictions):
             self._keep_apart(trainer)
         elif isinstance(self.combine, GreedySoup) and not scored:
@@ -260,13 +258,17 @@ class CheckpointEnsemble(ScoredCallback):
             best = tried.get((places[0],), best)
             found = tried.get(tuple(places), best)
         average = combiner.average(source, places, shares)
-        self.path = self._shelf.path("ensemble.ckpt")
+        path = self._shelf.path("ensemble.ckpt")
         chosen = [place for place, share in zip(places, shares, strict=True) if share > 0]
         if len(chosen) > 1:  # a single member has its own
             combiner.complete(average)
-        write_ensemble(combiner.trainer, self.engine, average, self.path, self._records(chosen))
+        write_ensemble(combiner.trainer, self.engine, average, path, self._records(chosen))
+        self.path = path
         if scored:
-            self._publish(combiner.trainer, best, combiner.score(average) if found is None else found, len(chosen))
+            self._publish(combiner.trainer, best, combiner.score(average) if found is None else found)
+        name = self._monitor.name if self.monitors else "val/loss"
+        how = outcome(name, self.results.get("ensemble", {}), self.results.get("best", {}), self.rejected)
+        self._tell(len(chosen), how, path)
 
     def _records(self, places: Sequence[int]) -> list[dict[str, Any]]:
         """What the ensemble's file says of its members, oldest first."""
@@ -280,24 +282,25 @@ class CheckpointEnsemble(ScoredCallback):
         if self._given is not None:
             self.paths = list(self._given.paths)
             return
+        before, self.paths = self.paths, []
         for member in self._in_order():
             path = self._shelf.path(self._shelf.new_name("prediction", member.step)).with_suffix(".ckpt")
-            write_ensemble(trainer, self.engine, self._shelf.path(member.file), path, [asdict(member)])
+            weights, moment = self._shelf.path(member.file), (member.epoch, member.step)
+            write_ensemble(trainer, self.engine, weights, path, [asdict(member)], moment)
             self.paths.append(path)
+        self._shelf.evict({path.name for path in before} - {path.name for path in self.paths}, self.engine)
+        self._tell(len(self.paths), ", each a checkpoint of its own", self.paths[0].parent)
 
-    def _publish(self, trainer: Trainer, best: Mapping[str, float], found: dict[str, float], count: int) -> None:
+    def _publish(self, trainer: Trainer, best: Mapping[str, float], found: dict[str, float]) -> None:
         known = {name: best[name] for name in found if name in best}
         self.results = {**({"best": known} if known else {}), "ensemble": found}
         logged = {f"{area}/{name}": value for area, values in self.results.items() for name, value in values.items()}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.global_step)
-        if trainer.is_global_zero:
-            told = self._monitor.name if self.monitors else "val/loss"
-            left = f"; left out: {self.rejected}" if self.rejected else ""
-            log.info(
-                f"CheckpointEnsemble of {count}: `{told}` {found.get(told)}, best single {known.get(told)}{left}; "
-                f"written to {self.path}."
-            )
+
+    def _tell(self, used: int, how: str, where: Path) -> None:
+        kept = len(self._kept) if self._given is None else len(self._given.paths)
+        tell(self.members, kept, used, how, "".join(monitor.gaps() for monitor in self._monitors), where)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -313,6 +316,8 @@ class CheckpointEnsemble(ScoredCallback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             self._reset()
+            for monitor in self._monitors:
+                monitor.reset()
         if self._given is not None:
             self._given.open(pl_module)
         if not is_dry_run(trainer):
@@ -323,6 +328,7 @@ class CheckpointEnsemble(ScoredCallback):
         return {
             "members": [asdict(member) for member in self._kept],
             "shelf": self._shelf.capture([member.file for member in self._kept]),
+            "monitors": [monitor.capture() for monitor in self._monitors],
             **({} if self._cycles is None else {"cycles": self._cycles.capture()}),
         }
 
@@ -330,6 +336,8 @@ class CheckpointEnsemble(ScoredCallback):
         self._resumed = True
         self._kept = [_Member(**member) for member in state["members"]]
         self._shelf.restore(state["shelf"])
+        for monitor, saved in zip(self._monitors, state["monitors"], strict=True):
+            monitor.restore(saved)
         if self._cycles is not None:
             self._cycles.restore(state["cycles"])
 
@@ -358,8 +366,9 @@ class CheckpointEnsemble(ScoredCallback):
 
     def _candidate(self, trainer: Trainer, score: float) -> _Member:
         epoch, step = trainer.current_epoch, trainer.global_step
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} if self.monitors else {}
-        if math.isfinite(score):
+        metrics = {}
+        if isinstance(self.members, TopK):  # others are not taken where they are validated
+            metrics = {name: float(value) for name, value in self._monitor.logged(trainer).items()}
             metrics[self._monitor.name] = score
         return _Member(self._shelf.new_name("member", step), epoch, step, score, metrics)
 

@@ -1,13 +1,12 @@
 """Stop when validation metrics no longer improve, and hand back the best weights."""
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_tricks.callbacks._base import is_dry_run, writable_folder
@@ -16,13 +15,11 @@ from lightning_tricks.callbacks._patience import Clock, Patience, patience_of
 from lightning_tricks.callbacks._scored import ScoredCallback
 from lightning_tricks.callbacks._shelf import Shelf
 from lightning_tricks.callbacks._stopping_plot import plot_stopping
-from lightning_tricks.callbacks._watch import Tracker, Watch
+from lightning_tricks.callbacks._watch import Tracker, Watch, watches
 from lightning_tricks.engines import Trick
 from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["EarlyStopping"]
-
-log = logging.getLogger(__name__)
 
 
 class EarlyStopping(ScoredCallback):
@@ -32,15 +29,18 @@ class EarlyStopping(ScoredCallback):
     callback, or on one process Ctrl-C or a signal. A fit that fails keeps its last weights; the best ones are then in
     `best_path`. All ranks decide together, by the mean of their values. Before `Trainer(min_epochs, min_steps)` nothing
     is stopped, and an improvement until then lets training go on. A resumed fit keeps the best score and the count,
-    and takes the patience that it is given. A value that is not finite is never the best.
+    and takes the patience that it is given. A value that is not finite is never the best. A validation that leaves the
+    metric out is passed over, and a warning says when it was last seen.
 
     Args:
-        monitor: metric to watch, as `validation_step` logs it; a `Watch` for smoothing, a relative `min_delta`, a
-            baseline or a target; or a list of these, of which the first one's best weights are restored.
+        monitor: metric to watch, as `validation_step` logs it; a `Watch` for a relative `min_delta` or a target; or a
+            list of these, of which the first one's best weights are restored.
         mode: `min` if lower is better, `max` if higher is, `auto` to tell it from the metric's name; not of a `Watch`.
         patience: validations without an improvement before stopping, 1 or more; 2 to 10 is usual. Or `Epochs(3)`,
             `Steps(2000)`, `Seconds(3600)`.
         min_delta: smallest change that counts as an improvement, in the metric's unit, 0 or more; not of a `Watch`.
+        smoothing: of a single named metric, as of a `Watch`: the weight of the past, in [0, 1).
+        baseline: of a single named metric, as of a `Watch`: only better values start the count of patience anew.
         restore_best: whether to put the best weights back after the fit; if not, none are saved either.
         dirpath: folder for the best weights, seen by all nodes; `<default_root_dir>/early_stopping` if null.
         stop_when: of several metrics, whether `any` or `all` must have stopped improving.
@@ -53,8 +53,8 @@ class EarlyStopping(ScoredCallback):
         stopped_reason: why this callback stopped the fit; None if it did not.
 
     Raises:
-        MisconfigurationError: for an option out of range, a metric that validation does not log, or a folder that
-            cannot be written.
+        MisconfigurationError: for an option out of range, a metric that the first validation does not log, or only some
+            ranks do, or a folder that cannot be written.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -82,18 +82,20 @@ class EarlyStopping(ScoredCallback):
         mode: Mode = "auto",
         patience: int | Patience = 3,
         min_delta: float = 0.0,
+        smoothing: float = 0.0,
+        baseline: float | None = None,
         restore_best: bool = True,
         dirpath: str | Path | None = None,
         stop_when: Literal["any", "all"] = "any",
     ) -> None:
         super().__init__()
-        self._watches = _watches(monitor, mode, min_delta)
+        self._watches = watches(monitor, mode=mode, min_delta=min_delta, smoothing=smoothing, baseline=baseline)
         self._patience = patience_of(patience)
         if stop_when not in ("any", "all"):
             raise MisconfigurationError(f"EarlyStopping's `stop_when` must be 'any' or 'all', got {stop_when!r}.")
         self.monitor = self._watches[0].monitor
         self.patience = patience
-        self.min_delta = min_delta
+        self.min_delta, self.smoothing, self.baseline = min_delta, smoothing, baseline
         self.restore_best = restore_best
         self.dirpath = dirpath
         self.stop_when = stop_when
@@ -115,7 +117,7 @@ class EarlyStopping(ScoredCallback):
     @property
     def wait_count(self) -> int:
         """Validations since the count of patience began anew."""
-        return self._now.since(self._trackers[0].since).validations
+        return self._trackers[0].elapsed().validations
 
     @property
     def best_path(self) -> Path | None:
@@ -151,15 +153,18 @@ class EarlyStopping(ScoredCallback):
             return
         if trainer.sanity_checking:
             for monitor in self._monitors:
-                monitor.check(trainer)
+                monitor.check(trainer, pl_module, self.engine)
             return
         scores = [monitor.read(trainer, pl_module, self.engine) for monitor in self._monitors]
         if not is_dry_run(trainer):
             self._shelf.settle(self.engine)
             self._tick(trainer)
             for tracker, score in zip(self._trackers[1:], scores[1:], strict=True):
-                tracker.see(score, self._now)
-            self._scored(trainer, scores[0])
+                if score is not None:
+                    tracker.see(score, self._now)
+            if scores[0] is not None:
+                self._scored(trainer, scores[0])
+            self._stop_if_due(trainer, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if the patience was exhausted before, and `min_epochs` is reached only now."""
@@ -190,6 +195,8 @@ class EarlyStopping(ScoredCallback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             self._reset()
+            for monitor in self._monitors:
+                monitor.reset()
         if self.restore_best and not is_dry_run(trainer):
             folder = self.dirpath or Path(trainer.default_root_dir) / "early_stopping"
             self._shelf.open(writable_folder("EarlyStopping", folder))
@@ -198,6 +205,7 @@ class EarlyStopping(ScoredCallback):
         return {
             "now": list(self._now),
             "metrics": [tracker.state_dict() for tracker in self._trackers],
+            "monitors": [monitor.capture() for monitor in self._monitors],
             "best_file": self._best_file,
             "shelf": self._shelf.capture(self._files()),
         }
@@ -207,6 +215,8 @@ class EarlyStopping(ScoredCallback):
         self._now = Clock(*state["now"])
         for tracker, saved in zip(self._trackers, state["metrics"], strict=True):
             tracker.load_state_dict(saved)
+        for monitor, saved in zip(self._monitors, state["monitors"], strict=True):
+            monitor.restore(saved)
         if self.restore_best:
             self._best_file = state["best_file"]
             self._shelf.restore(state["shelf"])
@@ -221,7 +231,7 @@ class EarlyStopping(ScoredCallback):
 
     def _tick(self, trainer: Trainer) -> None:
         seconds = self.engine.broadcast(time.monotonic() - self._started)
-        self._now = Clock(self._now.validations + 1, trainer.current_epoch + 1, trainer.global_step, seconds)
+        self._now = Clock(0, trainer.current_epoch + 1, trainer.global_step, seconds)  # a tracker counts its own
 
     def _files(self) -> list[str]:
         return [] if self._best_file is None else [self._best_file]
@@ -229,8 +239,16 @@ class EarlyStopping(ScoredCallback):
     def _finish(self, trainer: Trainer) -> None:
         if self.best_path is not None:
             self.engine.load_weights(self.best_path)
-        if trainer.is_global_zero:
-            log.info(self._summary())
+        if not is_dry_run(trainer):
+            self._say_how_it_ended()
+
+    def _say_how_it_ended(self) -> None:
+        rank_zero_info(self._summary())
+        if self.restore_best and self.best_path is None:
+            rank_zero_warn(
+                f"EarlyStopping: no validation gave a finite `{self.monitor}`, so that there are no best weights to"
+                " restore: the module keeps the last ones."
+            )
 
     def _find_files(self) -> None:
         gone = self._shelf.start(self._files(), self.engine)
@@ -244,13 +262,8 @@ class EarlyStopping(ScoredCallback):
             self._best_file = None
 
     def _scored(self, trainer: Trainer, score: float) -> None:
-        """Keep the weights if they are the best, and stop when the patience is exhausted."""
-        if self._trackers[0].see(score, self._now):
-            self._keep(trainer, score)
-        self._stop_if_due(trainer, trainer.current_epoch)
-
-    def _keep(self, trainer: Trainer, score: float) -> None:
-        if self.restore_best:
+        """Keep the weights if they are the best."""
+        if self._trackers[0].see(score, self._now) and self.restore_best:
             previous = self._files()
             self._best_file = self._shelf.new_name("best", trainer.global_step)
             metadata = {"step": str(trainer.global_step), "monitor": self.monitor, "score": repr(score)}
@@ -275,14 +288,16 @@ class EarlyStopping(ScoredCallback):
         return ", and ".join(reasons) if due else None
 
     def _spent(self, tracker: Tracker) -> str | None:
-        return None if tracker.improves else self._patience.spent(self._now.since(tracker.since))
+        return None if tracker.improves else self._patience.spent(tracker.elapsed())
 
     def _summary(self) -> str:
         ended = f"stopped, as {self.stopped_reason}" if self.stopped_reason else "did not stop the fit"
         best = (
             f"; best `{self.monitor}` {self.best_score} at step {self.best_step}" if self.best_step is not None else ""
         )
-        return f"EarlyStopping {ended}{best}{'; its weights are restored' if self._best_file else ''}."
+        restored = "; its weights are restored" if self._best_file else ""
+        gaps = "".join(monitor.gaps() for monitor in self._monitors)
+        return f"EarlyStopping {ended}{best}{restored}{gaps}."
 
 
 class _ComesLast(Callback):
@@ -295,14 +310,3 @@ class _ComesLast(Callback):
         """Its turn."""
         vars(trainer)["callbacks"].remove(self)
         self._stopping._finish(trainer)
-
-
-def _watches(monitor: Any, mode: Mode, min_delta: float) -> list[Watch]:
-    given = [monitor] if isinstance(monitor, str | Watch) else list(monitor or [])
-    found = [each if isinstance(each, Watch) else Watch(each, mode, min_delta) for each in given]
-    names = [watch.monitor for watch in found]
-    if not found or len(set(names)) < len(names):
-        raise MisconfigurationError(
-            f"EarlyStopping's `monitor` must name a metric, or several, each once, got {monitor!r}."
-        )
-    return found

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-__all__ = ["checksum_of", "fingerprint_of"]
+__all__ = ["checksum_of", "fingerprint_of", "own_fingerprint"]
 
 PROBES = 8  # samples by which a dataset that has no fingerprint is told from another one
 
@@ -26,24 +26,34 @@ def checksum_of(costs: np.ndarray, kept: np.ndarray | None) -> str:
     return f"{found if kept is None else zlib.crc32(np.ascontiguousarray(kept).data, found):08x}"
 
 
-def fingerprint_of(dataset: Any) -> str | None:
-    """The dataset's own: its method `fingerprint()`, or what Hugging Face's datasets keep; else, of a few samples.
-
-    Samples are read twice, and the random numbers left as they were. None if a sample cannot be read here, or comes
-    another time as another one.
+def own_fingerprint(dataset: Any) -> str | None:
+    """The dataset's own: its method `fingerprint()`, or what Hugging Face's datasets keep; None without one.
 
     Example:
         >>> class Data:
         ...     def fingerprint(self):
         ...         return "3 files, 41 bytes"
-        >>> fingerprint_of(Data()), fingerprint_of([1, 2])
-        ('3 files, 41 bytes', 'samples 618d0388')
+        >>> own_fingerprint(Data()), own_fingerprint([1, 2])
+        ('3 files, 41 bytes', None)
     """
     own = getattr(dataset, "fingerprint", None)
     if callable(own):
         return str(own())
     kept = getattr(dataset, "_fingerprint", None)  # no public name: their own code passes it as `new_fingerprint`
-    return kept if isinstance(kept, str) else _probed(dataset)
+    return kept if isinstance(kept, str) else None
+
+
+def fingerprint_of(dataset: Any) -> str | None:
+    """The dataset's own; else, of a few samples.
+
+    Samples are read twice, and the random numbers left as they were. None if a sample cannot be read here, or comes
+    another time as another one.
+
+    Example:
+        >>> fingerprint_of([1, 2])
+        'samples 618d0388'
+    """
+    return own_fingerprint(dataset) or _probed(dataset)
 
 
 def _probed(dataset: Any) -> str | None:

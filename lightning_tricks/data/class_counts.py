@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from lightning_tricks.data._fingerprint import fingerprint_of
+from lightning_tricks.data._fingerprint import own_fingerprint
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.storage._atomic import atomic_file
 
@@ -142,7 +142,7 @@ class _Pass:
         places = np.linspace(0, len(self.data) - 1, PROBES if len(self.data) else 0).round()
         probes = [self._of_sample(int(place)).tolist() for place in places]
         known = {"samples": len(self.data), "classes": self.classes, "ignored": self.ignore_index}
-        return {**known, "fingerprint": fingerprint_of(self.data), "probes": probes}
+        return {**known, "fingerprint": own_fingerprint(self.data), "probes": probes}
 
     def _take_up(self) -> None:
         if self.cache is None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import IterableDataset
 
-from lightning_tricks.data._fingerprint import fingerprint_of
+from lightning_tricks.data._fingerprint import own_fingerprint
 from lightning_tricks.data._plan import check_whole
 from lightning_tricks.data.parquet import ParquetSource
 from lightning_tricks.errors import DataError, MisconfigurationError
@@ -116,7 +116,7 @@ def _lengths(dataset: Any, length: Length, indices: Iterable[int]) -> list[int]:
 def _identity(dataset: Any, length: Length) -> dict[str, str | None]:
     """What tells the lengths of a dataset from those of another, besides their number."""
     name = length if isinstance(length, str) else getattr(length, "__qualname__", type(length).__qualname__)
-    return {"length": name, "fingerprint": fingerprint_of(dataset)}
+    return {"length": name, "fingerprint": own_fingerprint(dataset)}
 
 
 def _read(path: Path, dataset: Any, length: Length) -> np.ndarray:

@@ -10,6 +10,7 @@ from lightning_tricks.engines._consolidate import consolidate
 from lightning_tricks.engines._facts import Bytes, Memory, Precisions
 from lightning_tricks.engines._fsdp2_strategy import FSDP2Strategy
 from lightning_tricks.engines._inspect import CheckpointFacts, inspect_checkpoint
+from lightning_tricks.engines._member import open_member, refuse_other_member, refuse_two_sets
 from lightning_tricks.engines._protocol import Engine
 from lightning_tricks.engines._ranks import gather_over_ranks, ranks
 from lightning_tricks.engines._read import read_checkpoint
@@ -62,10 +63,13 @@ __all__ = [
     "is_aside",
     "newest_of",
     "open_checkpoint",
+    "open_member",
     "ranks",
     "read_checkpoint",
     "refuse_other_meaning",
+    "refuse_other_member",
     "refuse_other_weights",
+    "refuse_two_sets",
     "rival",
     "save_safely",
     "stream_on_rank_zero",

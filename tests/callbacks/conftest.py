@@ -1,5 +1,7 @@
 """A module whose validation scores are scripted, and Trainers that say nothing."""
 
+import logging
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -105,3 +107,21 @@ def same_weights():
         return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
     return compare
+
+
+class Heard(logging.Handler):
+    """What Lightning's logger lets through, as it does on a user's screen."""
+
+    text = ""
+
+    def emit(self, record):
+        self.text += record.getMessage() + "\n"
+
+
+@pytest.fixture
+def told():
+    """What a user is told by default, in `told.text`: no level is changed."""
+    heard, logger = Heard(), logging.getLogger("lightning.pytorch")
+    logger.addHandler(heard)
+    yield heard
+    logger.removeHandler(heard)

@@ -24,7 +24,7 @@ def ensemble(k=3, mode="min", **options):
 
 def mean_of(diary, epochs):
     members = [diary.weights[epoch] for epoch in epochs]
-    return {name: torch.stack([m[name].double() for m in members]).mean(0).float() for name in members[0]}
+    return {name: sum(m[name] for m in members) / len(members) for name in members[0]}  # in fp32, oldest first
 
 
 def members_on_disk(folder):
@@ -32,11 +32,11 @@ def members_on_disk(folder):
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", [1, 3, 4]), ("max", [0, 3, 5])])
-def test_averages_the_best_by_either_direction(trainer, scripted, diary, same_weights, mode, best):
+def test_averages_the_best_by_either_direction(trainer, scripted, diary, mode, best):
     callback = ensemble(mode=mode)
     trainer([callback, diary]).fit(scripted(SCORES))
     checkpoint = torch.load(callback.path, weights_only=True)
-    assert same_weights(checkpoint["state_dict"], mean_of(diary, best))
+    torch.testing.assert_close(checkpoint["state_dict"], mean_of(diary, best), rtol=1e-6, atol=1e-7)
     assert sorted(callback.scores) == sorted(SCORES[epoch] for epoch in best)
     assert [m["epoch"] for m in checkpoint["lightning_tricks"]["ensemble"]] == best
 

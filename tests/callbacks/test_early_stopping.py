@@ -7,7 +7,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tricks.callbacks import EarlyStopping
-from lightning_tricks.callbacks._monitor import joint
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.errors import MisconfigurationError
 
@@ -71,9 +70,19 @@ def test_nan_is_never_the_best(trainer, scripted, diary, same_weights):
 
 def test_a_run_of_nan_alone_restores_nothing(trainer, scripted, diary, same_weights):
     early, module = stopping(), scripted([math.nan])
-    trainer([early, diary]).fit(module)
+    with pytest.warns(UserWarning, match="no validation gave a finite `val/score`, so that there are no best weights"):
+        trainer([early, diary]).fit(module)
     assert (early.best_score, early.best_path) == (None, None)
     assert same_weights(module.state_dict(), diary.weights[1])
+
+
+def test_a_fit_that_ends_before_its_first_validation_says_that_nothing_is_restored(trainer, scripted):
+    with pytest.warns(UserWarning, match="there are no best weights to restore"):
+        trainer([stopping()], max_epochs=-1, max_steps=1, num_sanity_val_steps=0).fit(scripted())
+
+
+def test_nothing_was_to_be_restored(trainer, scripted):
+    trainer([stopping(restore_best=False)], max_epochs=1).fit(scripted([math.nan]))
 
 
 def test_recovery_before_min_epochs_continues(trainer, scripted):
@@ -279,16 +288,6 @@ def test_testing_a_checkpoint_leaves_the_result_of_the_fit(trainer, scripted, tm
 def test_a_dry_run_writes_nothing(trainer, scripted, tmp_path):
     trainer([stopping()], fast_dev_run=True).fit(scripted())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_ranks_decide_by_their_mean(scripted):
-    class SecondRankHasThree:
-        world_size = 2
-
-        def sum_over_ranks(self, tensor):
-            return tensor + 3.0
-
-    assert joint(1.0, scripted(), SecondRankHasThree()) == 2.0
 
 
 @pytest.mark.parametrize("crash_at", [3, 4, 5, 7])

@@ -252,6 +252,35 @@ def test_given_checkpoints_are_checked_before_the_fit(trainer, scripted, given, 
         assert module.global_step == 0
 
 
+OTHERS = {
+    "a second set": ({"model_ema": {}}, r"last\.ckpt holds two sets of weights, `state_dict` and `model_ema`"),
+    "an average": ({"averaging_state": {}}, r"last\.ckpt holds a running average of the weights and .*0\.ckpt the"),
+    "another base": (
+        {"lightning_tricks": {"base": {"body": {"shape": "1", "float32": "00"}}}},
+        r"last\.ckpt with .*0\.ckpt: they were trained beside different frozen weights `body`",
+    ),
+    "other labels": ({"hyper_parameters": {"labels": ["a", "b"]}}, r"the hyper-parameter `labels` is \['a', 'b'\]"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_given_checkpoints_of_another_kind_are_refused_before_the_fit(trainer, scripted, given, tmp_path, what):
+    more, message = OTHERS[what]
+    first = torch.load(given[0], weights_only=True)
+    torch.save({**first, "hyper_parameters": {"labels": ["a", "c"]}}, given[0])
+    torch.save({**first, **more}, tmp_path / "last.ckpt")
+    module = scripted()
+    with pytest.raises(CheckpointError, match=message):
+        trainer([CheckpointEnsemble([*given, tmp_path / "last.ckpt"])]).fit(module)
+    assert module.global_step == 0
+
+
+def test_a_single_given_checkpoint_with_a_second_set_is_refused(trainer, scripted, given):
+    torch.save({**torch.load(given[0], weights_only=True), "ema": {}}, given[0])
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        trainer([CheckpointEnsemble(given[:1])]).fit(scripted())
+
+
 @pytest.mark.parametrize("members", [[], "one.ckpt", 3, [1, 2]])
 def test_members_must_be_a_policy_or_paths(members):
     with pytest.raises(MisconfigurationError, match="`members` must say which checkpoints"):
@@ -367,7 +396,7 @@ def test_cyclic_needs_to_know_the_steps(trainer, scripted, epochs, steps):
 # -- whatever goes wrong -----------------------------------------------------------------------------------------------
 
 AVERAGING = """
-import os, signal, sys
+import os, pathlib, signal, sys
 import torch
 import lightning_tricks.callbacks._combining as combining
 from lightning.pytorch import LightningModule, Trainer
@@ -389,6 +418,8 @@ class Net(LightningModule):
 
 average, signals = combining.average_stored, []
 def dying(*arguments, **options):
+    for path in pathlib.Path(sys.argv[1]).iterdir():
+        (pathlib.Path(sys.argv[1]).parent / "before" / path.name).write_bytes(path.read_bytes())
     import lightning_tricks.engines._average as averaging
     mean = averaging._mean_of
     def second(*rest):
@@ -407,13 +438,18 @@ Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=Fals
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_while_averaging_leaves_every_member_intact(tmp_path, how):
-    command = [sys.executable, "-W", "ignore", "-c", AVERAGING, f"{tmp_path}", f"{int(how)}"]
+    folder, before = tmp_path / "out", tmp_path / "before"
+    folder.mkdir()
+    before.mkdir()
+    (folder / "ensemble.ckpt").write_bytes(b"of the run before")
+    command = [sys.executable, "-W", "ignore", "-c", AVERAGING, f"{folder}", f"{int(how)}"]
     run = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode != 0
-    members = sorted(tmp_path.glob("member-*"))
-    assert len(members) == 3
-    assert all(WeightsFile(path).tensor("layer.weight").isfinite().all() for path in members)
-    assert not (tmp_path / "ensemble.ckpt").exists()
+    assert len(list(before.glob("member-*"))) == 3
+    for path in before.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+        assert path.suffix != ".safetensors" or WeightsFile(path).tensor("layer.weight").isfinite().all()
+    assert {path.name for path in folder.glob("[!.]*")} == {path.name for path in before.iterdir()}
 
 
 @pytest.mark.parametrize(

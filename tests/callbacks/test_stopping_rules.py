@@ -1,6 +1,5 @@
 """When early stopping stops: Keras' rules as a table, several metrics, smoothing, relative deltas, other patiences."""
 
-import logging
 import math
 import os
 import signal
@@ -48,23 +47,12 @@ def rule(patience=1, mode="min", **watch):
 
 
 @pytest.mark.parametrize(("options", "values", "last", "best"), KERAS)
-def test_keras_rules(options, values, last, best):
-    """Without a fit: what the callback hears, and whether it wants to stop."""
-    early = rule(**options)
-    for epoch, value in enumerate(values):
-        early._now = early._now._replace(validations=epoch + 1, epochs=epoch + 1, steps=epoch)
-        improved = early._trackers[0].see(value, early._now)
-        if not improved and early._reason() is not None:
-            break
-    assert (epoch, early.best_step) == (last, best)
-
-
-def test_the_table_holds_in_a_fit(trainer, scripted):
-    for options, values, last, best in KERAS[::4]:
-        early = rule(**options)
-        run = trainer([early], max_epochs=len(values))
-        run.fit(scripted(values))
-        assert (run.current_epoch - 1, early.best_step) == (last, 2 * (best + 1))
+def test_keras_rules(trainer, scripted, diary, same_weights, options, values, last, best):
+    early, module = rule(**options), scripted(values)
+    run = trainer([early, diary], max_epochs=len(values))
+    run.fit(module)
+    assert (run.current_epoch - 1, early.best_step) == (last, 2 * (best + 1))
+    assert same_weights(module.state_dict(), diary.weights[best])
 
 
 def test_a_relative_delta_is_a_share_of_the_best(trainer, scripted):
@@ -87,6 +75,22 @@ def test_a_smoothed_metric_is_judged_and_free_of_bias(trainer, scripted):
     assert judged == pytest.approx(expected)
     assert early.best_score == pytest.approx(min(expected))
     assert early.best_step == 2 * (1 + expected.index(min(expected)))
+
+
+@pytest.mark.parametrize(("options", "values", "last", "best"), [row for row in KERAS if "baseline" in row[0]])
+def test_a_baseline_may_be_given_beside_the_name(trainer, scripted, options, values, last, best):
+    early = EarlyStopping("val/score", **{"mode": "min", **options})
+    run = trainer([early], max_epochs=len(values))
+    run.fit(scripted(values))
+    assert (run.current_epoch - 1, early.best_step) == (last, 2 * (best + 1))
+
+
+def test_smoothing_may_be_given_beside_the_name(trainer, scripted):
+    both = [stopping(mode="min", smoothing=0.5, patience=3), stopping(Watch("val/score", "min", smoothing=0.5))]
+    for early in both:
+        trainer([early], max_epochs=5).fit(scripted([4.0, 2.0, 3.0, 3.0, 3.0]))
+    assert both[0]._trackers[0].points == both[1]._trackers[0].points
+    assert both[0].best_score != 2.0
 
 
 def test_a_value_that_is_not_finite_leaves_the_smoothed_ones_alone():
@@ -186,10 +190,17 @@ def test_the_best_weights_are_restored_after_an_interruption(trainer, scripted, 
     assert len(run.callbacks) == 4
 
 
-def test_says_at_the_end_why_it_stopped(trainer, scripted, caplog):
-    with caplog.at_level(logging.INFO, module_under_test.__name__):
-        trainer([stopping(mode="min", patience=Epochs(1))]).fit(scripted([1.0, 2.0]))
-    assert "EarlyStopping stopped, as `val/score` did not improve for 1 epochs; best `val/score` 1.0 at" in caplog.text
+def test_says_at_the_end_why_it_stopped(trainer, scripted, told):
+    trainer([stopping(mode="min", patience=Epochs(1))]).fit(scripted([1.0, 2.0]))
+    assert (
+        "EarlyStopping stopped, as `val/score` did not improve for 1 epochs; best `val/score` 1.0 at step 2; its"
+        " weights are restored." in told.text
+    )
+
+
+def test_says_at_the_end_that_it_did_not_stop(trainer, scripted, told):
+    trainer([stopping(mode="min")], max_epochs=2).fit(scripted([1.0, 2.0]))
+    assert "EarlyStopping did not stop the fit; best `val/score` 1.0 at step 2" in told.text
 
 
 def test_the_plot_shows_the_curve_the_best_and_the_stop(trainer, scripted):
@@ -219,8 +230,8 @@ def test_several_metrics_are_resumed(trainer, scripted, tmp_path):
     resumed = trainer([other, again], max_epochs=9)
     resumed.fit(scripted(scores), ckpt_path=saver.last_model_path)
     assert resumed.global_step == run.global_step
-    without_times = [{**t.state_dict(), "since": t.since[:3]} for t in again._trackers]
-    assert without_times == [{**t.state_dict(), "since": t.since[:3]} for t in whole._trackers]
+    without_times = [{**t.state_dict(), "since": t.since[:3], "now": t.now[:3]} for t in again._trackers]
+    assert without_times == [{**t.state_dict(), "since": t.since[:3], "now": t.now[:3]} for t in whole._trackers]
 
 
 @pytest.mark.parametrize(
@@ -233,6 +244,15 @@ def test_several_metrics_are_resumed(trainer, scripted, tmp_path):
         (lambda: Watch("val/loss", min_delta=-1), "`min_delta`.*got -1"),
         (lambda: Watch("val/loss", baseline=math.nan), "`baseline` must be a finite number or null, got nan"),
         (lambda: Watch("val/loss", target=math.inf), "`target` must be a finite number or null, got inf"),
+        (lambda: EarlyStopping(smoothing=1.0), "`smoothing` must be at least 0 and below 1, got 1.0"),
+        (
+            lambda: EarlyStopping(Watch("val/loss"), smoothing=0.5),
+            r"`smoothing`, got 0.5, is for .*name alone: ",
+        ),
+        (lambda: EarlyStopping(["val/loss", "val/f1"], baseline=0.5), r"`baseline`, got 0.5.*Watch\(..., baseline=0.5"),
+        (lambda: EarlyStopping(["val/f1", Watch("val/loss")], smoothing=0.5), "`smoothing`, got 0.5, is for"),
+        (lambda: EarlyStopping([Watch("val/loss")], min_delta=0.1), r"`min_delta`, got 0.1, is for .*by its name: "),
+        (lambda: EarlyStopping(Watch("val/loss"), mode="max"), "`mode`, got 'max', is for"),
         (lambda: EarlyStopping([]), "must name a metric"),
         (lambda: EarlyStopping(["val/loss", "val/loss"]), "each once"),
         (lambda: EarlyStopping(stop_when="one"), "`stop_when` must be 'any' or 'all', got 'one'"),
