@@ -16,7 +16,7 @@ from lightning_tricks.engines._ranks import gather_over_ranks, ranks
 from lightning_tricks.engines._read import read_checkpoint
 from lightning_tricks.engines._report import Finding, Report
 from lightning_tricks.engines._rules import rival
-from lightning_tricks.engines._saving import save_safely
+from lightning_tricks.engines._saving import save_safely, stream_on_rank_zero, write_on_rank_zero
 from lightning_tricks.engines._schedules import HeldSchedules, add_schedule
 from lightning_tricks.engines._select import engine_of
 from lightning_tricks.engines._shards import Shard
@@ -72,6 +72,8 @@ __all__ = [
     "refuse_two_sets",
     "rival",
     "save_safely",
+    "stream_on_rank_zero",
     "whole",
     "write_checkpoint",
+    "write_on_rank_zero",
 ]

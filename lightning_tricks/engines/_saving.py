@@ -1,7 +1,7 @@
 """Saving together: what one rank cannot write is an error on every rank, and the checkpoint before it stays."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,20 @@ from torch import Tensor
 from lightning_tricks.engines._allowed import allow_hyper_parameters
 from lightning_tricks.engines._ranks import ranks
 from lightning_tricks.errors import CheckpointError
+from lightning_tricks.storage import write_weights
 from lightning_tricks.storage._atomic import atomic_file, partial_name, publish_folder
 from lightning_tricks.storage._space import disk_errors, is_disk_error, unwritable
+from lightning_tricks.storage.weights_file import Layout
 
-__all__ = ["AtomicCheckpointIO", "attempt", "raise_together", "save_folder", "save_safely"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "attempt",
+    "raise_together",
+    "save_folder",
+    "save_safely",
+    "stream_on_rank_zero",
+    "write_on_rank_zero",
+]
 
 
 def attempt(work: Callable[[], object]) -> Exception | None:
@@ -49,6 +59,31 @@ def raise_together(path: Path, failure: Exception | None, world: int) -> None:
         raise failure
     if found is not None:
         raise CheckpointError(found) from failure
+
+
+def write_on_rank_zero(path: Path, write: Callable[[], object]) -> None:
+    """Let rank 0 write a file or folder, while the others wait; with or without a Trainer. Collective.
+
+    Raises:
+        CheckpointError: on every rank, if rank 0 failed. What is no fault of the disk, rank 0 itself raises as it is.
+    """
+    rank, world = ranks()
+    raise_together(path, attempt(write) if rank == 0 else None, world)
+
+
+def stream_on_rank_zero(
+    path: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], metadata: dict[str, str] | None
+) -> None:
+    """Let rank 0 write tensors that all ranks compute together, one after the other. Collective.
+
+    Raises:
+        CheckpointError: as `write_on_rank_zero` does.
+    """
+    rank, world = ranks()
+    failure = attempt(lambda: write_weights(path, layout, tensors, metadata)) if rank == 0 else None
+    for _ in tensors:
+        continue
+    raise_together(path, failure, world)
 
 
 def save_folder(strategy: ParallelStrategy, path: Path, write: Callable[[Path], None]) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._checkpoint_values import add_part, add_whole, cut, stored
 from lightning_tricks.engines._ranks import sum_over_ranks
-from lightning_tricks.engines._saving import attempt, raise_together
+from lightning_tricks.engines._saving import attempt, raise_together, stream_on_rank_zero
 from lightning_tricks.engines._shard_files import named_wholes, rounded
 from lightning_tricks.engines._shards import Shard, misfit
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
-from lightning_tricks.storage import WeightsFile, write_weights
+from lightning_tricks.storage import WeightsFile
 
 __all__ = ["Entry", "WeightsEngine"]
 
@@ -90,18 +90,7 @@ class WeightsEngine:
     def save_weights(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Stream the weights into one file, written by rank 0."""
         layout = {entry.name: self._layout(entry.tensor) for entry in self._entries()}
-        self._stream(path, layout, self.named_full_weights(), metadata)
-
-    def _stream(
-        self, path: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], metadata: dict[str, str] | None
-    ) -> None:
-        """Write what all ranks compute together, on rank 0. A failure there is raised on every rank."""
-        failure = None
-        if self.rank == 0:
-            failure = attempt(lambda: write_weights(path, layout, tensors, metadata))
-        for _ in tensors:
-            continue
-        raise_together(path, failure, self.world_size)
+        stream_on_rank_zero(path, layout, self.named_full_weights(), metadata)
 
     def write_on_rank_zero(self, path: Path, write: Callable[[], object]) -> None:
         """Let rank 0 write a file, while the others wait. A failure there is raised on every rank."""
@@ -154,7 +143,7 @@ class WeightsEngine:
         self._refuse_misfit("save", misfit(shards, values) or rounded(values))
         shapes = {entry.name: self._layout(entry.tensor)[1] for entry in self._trained()}
         layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
-        self._stream(path, layout, named_wholes(shards, values, shapes, self._device), metadata)
+        stream_on_rank_zero(path, layout, named_wholes(shards, values, shapes, self._device), metadata)
 
     def load_shards(self, path: Path) -> dict[str, Tensor]:
         """Read this rank's parts from a file of `save_shards`."""

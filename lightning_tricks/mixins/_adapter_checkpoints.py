@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_tricks.mixins._adapter_trick import warn_of_unused_ratio
 from lightning_tricks.mixins._adapting import Adapter, records
 from lightning_tricks.mixins._footprint import trainable_report
 from lightning_tricks.mixins._frozen_base import FrozenBase
@@ -53,6 +54,11 @@ class AdapterCheckpoints(_Base):
             require_unmerged(self, "train")
         if "_frozen_base" in self.__dict__:
             self._frozen_base.forget()
+
+    def on_train_start(self) -> None:
+        """Look at what the optimizer was made of."""
+        super().on_train_start()
+        warn_of_unused_ratio(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the adapters' options and what they were trained on. Collective."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tricks.engines import ranks, whole
+from lightning_tricks.engines import stream_on_rank_zero, whole, write_on_rank_zero
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
 from lightning_tricks.functional import fingerprint, same_fingerprint
 from lightning_tricks.layers import AdaptedLayer, PackedWeight, adapted_layers, packed_layers
@@ -20,7 +20,6 @@ from lightning_tricks.mixins._peft_fill import fill, given_by, own_tensors, requ
 from lightning_tricks.mixins._peft_method import method_of, require_copies
 from lightning_tricks.mixins._small_base import Base
 from lightning_tricks.mixins._switching import activate, is_fitting
-from lightning_tricks.storage import write_weights
 
 __all__ = ["export_merged", "load_adapter", "save_adapter"]
 
@@ -41,8 +40,8 @@ def save_adapter(owner: Any, folder: Path, name: str) -> None:
         users.setdefault(id(parameter), []).append(key)
     tied = [keys for keys in users.values() if len(keys) > 1]
     flipped = [path for path, layer in layers_of(module, name).items() if _is_transposed(layer)]
-    if ranks()[0] == 0:
-        write_folder(Path(folder), AdapterFolder(config, tensors, base, tied=tied, transposed=flipped))
+    content = AdapterFolder(config, tensors, base, tied=tied, transposed=flipped)
+    write_on_rank_zero(Path(folder), lambda: write_folder(Path(folder), content))
 
 
 def _is_transposed(layer: AdaptedLayer) -> bool:
@@ -82,15 +81,15 @@ def _require_switchable(owner: Any, module: nn.Module, name: str) -> None:
 
 
 def export_merged(path: Path, module: nn.Module) -> None:
-    """Write the module's own entries as they are with the active adapters in them, one tensor at a time."""
+    """Write the module's own entries as they are with the active adapters in them, one tensor at a time. Collective."""
     layers = dict(adapted_layers(module))
     own = _own_keys(layers)
     entries = {key: tensor for key, tensor in _entries(module) if key not in own}
     if Path(path).suffix != ".safetensors":
         raise MisconfigurationError(f"`path` must end in .safetensors, got {str(path)!r}.")
     layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in entries.items()}
-    pairs = ((key, _merged_entry(layers, key, tensor)) for key, tensor in entries.items())
-    write_weights(Path(path), layout, pairs, {"format": "pt"})
+    pairs = ((key, _merged_entry(layers, key, tensor).to(tensor.dtype)) for key, tensor in entries.items())
+    stream_on_rank_zero(Path(path), layout, pairs, {"format": "pt"})
 
 
 def _entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

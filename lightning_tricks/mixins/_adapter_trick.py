@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_tricks.engines import InUse, Rule, Situation, Trick
 from lightning_tricks.layers import adapted_layers
 
-__all__ = ["groups", "trick_named"]
+__all__ = ["groups", "trick_named", "warn_of_unused_ratio"]
+
+_GROUPED = "_has_given_groups"
 
 
 def trick_named(mixin: str) -> Trick:
@@ -41,8 +44,23 @@ _ROUNDED_AT_REST = Rule(
 )
 
 
+def warn_of_unused_ratio(owner: Any) -> None:
+    """LoRA+ is a matter of the optimizer: say so when it was not asked for its groups."""
+    if _GROUPED in vars(owner):
+        return
+    for held in vars(owner).get("_adapted", {}).values():
+        for name, adapter in held.items():
+            if name in owner.active_adapters and (ratio := getattr(adapter.method, "plus", None)) not in (None, 1):
+                rank_zero_warn(
+                    f"LoRA(plus={ratio}) of {name!r} has no effect: the optimizer was made without "
+                    "`self.parameter_groups(lr=...)`, which has LoRA+'s learning rates. Give it those groups in "
+                    "`configure_optimizers`, or leave `plus` out."
+                )
+
+
 def groups(owner: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """The trained parameters of `owner` by learning rate; LoRA+'s are those of its adapters' options."""
+    vars(owner)[_GROUPED] = True
     faster: dict[int, float] = {}
     for prefix, held in vars(owner).get("_adapted", {}).items():
         for _, layer in adapted_layers(owner.get_submodule(prefix)):

@@ -92,8 +92,9 @@ class ClassRecalls:
         return [self.first, self.last, self.untrained]
 
     def load(self, state: list[Any]) -> None:
-        """Take it over."""
-        self.first, self.last, self.untrained = state
+        """Take it over. Older checkpoints do not say whether the first was before training: it was not."""
+        self.first, self.last, *rest = state
+        self.untrained = bool(rest and rest[0])
 
 
 def table(rows: list[ClassRow], untrained: bool = False) -> str:

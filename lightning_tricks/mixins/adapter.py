@@ -233,6 +233,8 @@ class AdapterMixin(AdapterCheckpoints):
     def export_merged(self, path: str | Path, *, module: nn.Module) -> None:
         """Write `module` with the active adapters in its weights, as one plain safetensors file. Changes nothing.
 
+        Collective; rank 0 writes.
+
         Args:
             path: of the file, ending in `.safetensors`.
             module: an adapted module of `self`; its keys in the file are its own.

@@ -152,7 +152,14 @@ class ClassWeightedLossMixin(NormalizesLosses):
             seen = (logits if labels else scores).detach()
             self._class_recalls.add(seen, targets, len(weights), ignore_index, labels)
             prior = torch.zeros_like(prior)
-        return self._normalized(*self._class_loss.sums(scores, targets, weights, prior, ignore_index))
+        sums = self._class_loss.sums(scores, targets, weights, prior, ignore_index)
+        try:
+            return self._normalized(*sums)
+        except DataError as error:
+            raise DataError(
+                "a target on another rank is no class: that rank names it. Or the sum of weights that "
+                f"{type(self._class_loss).__name__} gives is negative or not finite."
+            ) from error
 
     def _tell_of(self, fault: DataError, logits: Tensor) -> NoReturn:
         """Raise, on the other ranks too: they wait for this one's numbers."""

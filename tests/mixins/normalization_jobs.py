@@ -16,7 +16,13 @@ from lightning_tricks.callbacks import GradientClipping, GradientNormMonitor, No
 from lightning_tricks.engines import engine_of, ranks
 from lightning_tricks.errors import NonFiniteError
 from lightning_tricks.functional import per_token
-from lightning_tricks.mixins import ClassWeightedLossMixin, LossNormalizationMixin
+from lightning_tricks.mixins import (
+    ClassWeightedLossMixin,
+    CrossEntropy,
+    Focal,
+    LogitAdjusted,
+    LossNormalizationMixin,
+)
 from tests.mixins.models import trainer
 
 WINDOW, SEQUENCES, TOKENS, CLASSES = 2, 4, 6, 3
@@ -102,7 +108,51 @@ class Both(LossNormalizationMixin, Weighted):
     """The second names the first's base too."""
 
 
-MODULES = {"plain": Tagger, "tokens": Normalized, "classes": Weighted, "both": Both}
+class HardOnes(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh_classes(COUNTS, loss=Focal(2.0))
+
+
+class Smoothed(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh_classes(COUNTS, loss=CrossEntropy(label_smoothing=0.1))
+
+
+class Adjusted(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh_classes(COUNTS, loss=LogitAdjusted(1.0))
+
+
+class Labels(Weighted):
+    """Each class as a label of its own that a token has or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh_classes([[100 - count, count] for count in COUNTS], loss=Focal(2.0))
+
+    def loss(self, logits, targets):
+        return self.class_weighted_loss(*as_labels(logits, targets))
+
+
+def as_labels(logits, targets):
+    """Of shape (tokens, classes)."""
+    held = F.one_hot(targets.clamp_min(0), CLASSES).masked_fill((targets == -100).unsqueeze(-1), -100)
+    return logits.transpose(1, 2).reshape(-1, CLASSES), held.reshape(-1, CLASSES)
+
+
+MODULES = {
+    "plain": Tagger,
+    "tokens": Normalized,
+    "classes": Weighted,
+    "both": Both,
+    "focal": HardOnes,
+    "smoothed": Smoothed,
+    "adjusted": Adjusted,
+    "labels": Labels,
+}
 
 
 class Seen(L.Callback):
@@ -158,7 +208,6 @@ def fit(strategy: str, kind: str, precision: str, folder: str, clip: bool = Fals
 def expected(kind: str, clip: bool = False) -> dict:
     """What torch alone makes of it, with one big batch for each window."""
     module = Tagger()
-    weight = torch.tensor([sum(COUNTS) / (3 * count) for count in COUNTS]) if kind != "tokens" else None
     optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, DECAY)
     losses, norms = [], []
@@ -169,7 +218,7 @@ def expected(kind: str, clip: bool = False) -> dict:
             if not (targets != -100).any():
                 continue
             optimizer.zero_grad()
-            loss = F.cross_entropy(module.net(inputs).transpose(1, 2), targets, weight=weight)
+            loss = written_out(kind, module.net(inputs).transpose(1, 2), targets)
             loss.backward()
             norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), LIMIT if clip else 1e9)))
             optimizer.step()
@@ -177,6 +226,27 @@ def expected(kind: str, clip: bool = False) -> dict:
             losses.append(float(loss.detach()))
     weights = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     return {"losses": losses, "norms": norms, "weights": weights, "rate": optimizer.param_groups[0]["lr"]}
+
+
+def written_out(kind: str, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean loss of one big batch, as torch or the paper has it."""
+    weight = torch.tensor([sum(COUNTS) / (3 * count) for count in COUNTS])
+    if kind == "tokens":
+        return F.cross_entropy(logits, targets)
+    if kind == "adjusted":
+        prior = (torch.tensor(COUNTS) / sum(COUNTS)).log()
+        return F.cross_entropy(logits + prior[:, None], targets)
+    if kind == "focal":
+        kept, scores = targets[targets >= 0], logits.transpose(1, 2)[targets >= 0]
+        p = scores.softmax(1).gather(1, kept[:, None]).squeeze(1)
+        return (weight[kept] * (1 - p) ** 2 * -p.log()).sum() / weight[kept].sum()
+    if kind == "labels":
+        scores, held = (part[(targets >= 0).flatten()] for part in as_labels(logits, targets))
+        rare = torch.tensor([100 / (2 * count) for count in COUNTS])
+        weights = torch.where(held == 1, rare, torch.tensor([100 / (2 * (100 - count)) for count in COUNTS]))
+        p = torch.where(held == 1, scores.sigmoid(), 1 - scores.sigmoid())
+        return (weights * (1 - p) ** 2 * -p.log()).sum() / weights.sum()
+    return F.cross_entropy(logits, targets, weight=weight, label_smoothing=0.1 if kind == "smoothed" else 0.0)
 
 
 def poisoned(strategy: str) -> str:

@@ -342,3 +342,10 @@ def test_a_module_that_validates_otherwise_has_no_report(caplog):
     trainer(max_epochs=1).fit(model, separable(16), separable(16))
     assert model.class_report() == []
     assert "class by class" not in caplog.text
+
+
+@pytest.mark.parametrize("kept", [[[0.5], [1.0]], [[0.5], [1.0], True]])
+def test_recalls_of_older_checkpoints_load(kept):
+    recalls = Model()._class_recalls
+    recalls.load(kept)
+    assert (recalls.first, recalls.last, recalls.untrained) == ([0.5], [1.0], len(kept) == 3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_tricks.mixins import TrainableReport, trainable_report
-from tests.mixins.models import QUIET, Classifier, trainer
+from lightning_tricks.mixins import LoRA, TrainableReport, trainable_report
+from tests.mixins.models import QUIET, Classifier, Holder, trainer
 
 pytestmark = QUIET
 
@@ -44,3 +44,15 @@ def test_is_told_when_a_fit_begins(caplog):
 
 def test_a_module_without_parameters():
     assert trainable_report(nn.ReLU()).share == 0
+
+
+def test_gpt2_medium_has_the_papers_count():
+    """Rank 4 on q and v; the model is built without values, which no count needs."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+    with torch.device("meta"):
+        net = transformers.GPT2Model(config)
+    model = Holder(net.to_empty(device="cpu"), LoRA(rank=4, targets=("c_attn:q,v",)))
+    report = trainable_report(model)
+    assert report.trained == 393_216
+    assert report.total == 354_823_168 + 393_216

@@ -79,6 +79,12 @@ def test_b5_the_weighted_denominator_is_that_of_the_window(job, strategy, kind):
     as_one_big_batch(job, strategy, kind, "32-true")
 
 
+@pytest.mark.parametrize("kind", ["focal", "smoothed", "adjusted", "labels"])
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
+def test_other_losses_are_those_of_the_window_too(job, strategy, kind):
+    as_one_big_batch(job, strategy, kind, "32-true")
+
+
 @pytest.mark.parametrize("strategy", ["auto", *ENGINES, *OFFLOADED])
 def test_norms_and_clipping_are_of_the_true_mean(job, strategy):
     seen, wanted = as_one_big_batch(job, strategy, "tokens", "32-true", clip=True)

@@ -1,5 +1,7 @@
 """What is known to go wrong with adapters, on whole modules: checkpointing, compiling, inference, batch norms."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -36,7 +38,7 @@ class Bare(AdapterMixin, L.LightningModule):
         super().__init__()
         self.net = net
         for number, policy in enumerate(policies):
-            self.adapt(self.net, policy, name=f"n{number}")
+            self.adapt(self.net, policy, name=f"n{number}" if number else "default")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -71,7 +73,7 @@ def vectors():
     return {"input": torch.randn(7, 6, requires_grad=True)}
 
 
-FUSED = [*[Bottleneck(width=2, targets=("pooler",))] * 2, AdapterFusion(adapters=("n0", "n1"))]
+FUSED = [*[Bottleneck(width=2, targets=("pooler",))] * 2, AdapterFusion(adapters=("default", "n1"))]
 NETS = {
     **{name: (Encoder, [policy], lambda: {"x": torch.randn(7, 6)}) for name, policy in METHODS.items()},
     "fusion": (Encoder, FUSED, lambda: {"x": torch.randn(7, 6)}),
@@ -140,7 +142,7 @@ def test_checkpointed_activations_behind_frozen_embeddings_train(use_reentrant):
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model = Fitted(net, LoRA(rank=2, targets=("c_attn",)))
     trainer(max_steps=1).fit(model)
-    assert all(block.attn.c_attn.own("lora_B", "n0").abs().max() > 0 for block in net.transformer.h)
+    assert all(block.attn.c_attn.lora_B.abs().max() > 0 for block in net.transformer.h)
 
 
 def test_batch_norms_of_a_frozen_base_keep_their_statistics():
@@ -159,3 +161,22 @@ def test_keys_of_the_base_stay():
     for policy in METHODS.values():
         model = Bare(Encoder(), policy)
         assert plain <= {name for name, _ in [*model.net.named_parameters(), *model.net.named_buffers()]}
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_lora_plus_without_its_groups_is_told_of(grouped):
+    class Fitted(Bare):
+        def training_step(self, batch, _):
+            return self.net(batch).square().sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameter_groups(lr=0.01) if grouped else self.parameters(), lr=0.01)
+
+    data = torch.utils.data.DataLoader(torch.randn(4, 6), batch_size=4)
+    for policy in (LoRA(rank=2, plus=16), LoRA(rank=2)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer(max_steps=1).fit(Fitted(Encoder(), policy), data)
+        told = [str(one.message) for one in told if "has no effect" in str(one.message)]
+        assert len(told) == (policy.plus is not None and not grouped)
+        assert not told or "LoRA(plus=16) of 'default'" in told[0]
