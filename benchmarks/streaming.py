@@ -25,7 +25,7 @@ from lightning_tricks.data import (
     measure_lengths,
 )
 
-BATCH, BUDGET, RANKS, BUFFER = 32, 8192, 8, 10_000
+BATCH, BUDGET, RANKS, BUFFER, EPOCHS = 32, 8192, 8, 10_000, 3
 
 
 def main():
@@ -38,7 +38,8 @@ def main():
     busy, rows = _report.load_average(), 10_000 if options.quick else 100_000
     with tempfile.TemporaryDirectory() as folder:
         found = {"reading": reading(write(Path(folder), rows))}
-    found["order"] = order(10 * rows)
+    found["order"] = order(lengths_of(10 * rows), shards=100)
+    found["order_of_shards_that_differ"] = order(differing(10 * rows), shards=64)
     _report.write(
         options.output,
         "CPU time of streamed batches, and what the order wastes",
@@ -105,26 +106,37 @@ def reading(path):
     return found
 
 
-def order(rows):
-    """Numbers alone, on several ranks."""
-    lengths = lengths_of(rows)
-    source = IterableSource([range(rows // 100)] * 100, rows=[rows // 100] * 100)
-    found = {"rows": rows, "ranks": RANKS}
+def differing(rows):
+    """Lengths of 64 shards, whose means are log-normal too: 30 to 1,000 tokens."""
+    numbers = np.random.default_rng(2)
+    means = np.repeat(numbers.normal(5.0, 0.8, 64), rows // 64)
+    return np.clip(numbers.lognormal(means, 0.4), 1, 2000).astype(np.int64)
+
+
+def order(lengths, shards):
+    """Numbers alone, on several ranks, over three epochs: the epoch that waits most counts."""
+    rows = len(lengths) // shards
+    source = IterableSource([range(rows)] * shards, rows=[rows] * shards)
+    found = {"rows": len(lengths), "shards": shards, "ranks": RANKS}
     for name, options in (("batch_32", {"batch_size": BATCH}), ("budget_8192", {"max_tokens": BUDGET})):
         sampler = StreamingSampler(source, lengths, buffer=BUFFER, **options)
-        start = time.process_time()
-        plan = sampler.plan(RANKS, sampler.limit)
-        costs = []
-        for step in range(len(plan)):
-            parts = [plan.part(step, rank, RANKS) for rank in range(RANKS)]
-            costs.append([len(part) * int(lengths[part].max()) for part in parts])
-        costs = np.array(costs)
+        start, costs = time.process_time(), []
+        for epoch in range(EPOCHS):
+            sampler.set_epoch(epoch)
+            costs.append(costs_of(sampler.plan(RANKS, sampler.limit), lengths))
         found[name] = {
-            "seconds_all_ranks": time.process_time() - start,
-            "waste": 1 - lengths.sum() / costs.sum(),
-            "useful_share": lengths.sum() / (RANKS * costs.max(axis=1).sum()),
+            "seconds_an_epoch_all_ranks": (time.process_time() - start) / EPOCHS,
+            "waste": max(1 - lengths.sum() / each.sum() for each in costs),
+            "useful_share": min(lengths.sum() / (RANKS * each.max(axis=1).sum()) for each in costs),
+            "steps": [len(each) for each in costs],
         }
     return found
+
+
+def costs_of(plan, lengths):
+    """Padded tokens of each step and rank."""
+    parts = ([plan.part(step, rank, RANKS) for rank in range(RANKS)] for step in range(len(plan)))
+    return np.array([[len(part) * int(lengths[part].max()) for part in step] for step in parts])
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from lightning_tricks.callbacks._averaging_rules import RULES
 from lightning_tricks.callbacks._base import TrickCallback
 from lightning_tricks.callbacks._interception import intercept, marked
 from lightning_tricks.callbacks._lending import Buffers, Lender
+from lightning_tricks.callbacks._other_average import ENDED, tell_of_others
 from lightning_tricks.callbacks._statistics import AveragedStatistics, placed
 from lightning_tricks.engines import Trick
-from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["WeightAveraging"]
 
@@ -221,28 +221,9 @@ class WeightAveraging(TrickCallback):
         self._found = (readers, dict(state[self.state_key])) if readers else None
         self._delivered = False
         if self.state_key not in state:
-            self._miss(trainer, checkpoint)
-
-    def _miss(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Say what happens if the average in a checkpoint is one of other options."""
-        ours = {callback.state_key for callback in vars(trainer)["callbacks"]}
-        name = type(self).__name__
-        others = [key for key in checkpoint["callbacks"] if key.startswith(f"{name}{{") and key not in ours]
-        others = [key for key in others if Average.find(self.engine, checkpoint, key)]
-        if not others:
-            return
-        told = f"{name}: the checkpoint holds the average of `{others[0]}`, and this one is `{self.state_key}`."
-        if self._stage == "fit":
-            rank_zero_warn(
-                f"{told} The fit goes on from the raw weights, that average is left, and a new one begins. Give the"
-                " options of the checkpoint to go on with its average."
-            )
-        elif "test" in self.use_for:
-            raise MisconfigurationError(
-                f"{told} Without it the raw weights would be evaluated."
-                f" Give the options of the checkpoint; to evaluate the raw weights, take {name} out or leave `test`"
-                " out of `use_for`."
-            )
+            purpose = "fit" if self._stage == "fit" else "test" if "test" in self.use_for else None
+            known = [callback.state_key for callback in vars(trainer)["callbacks"]]
+            tell_of_others(self.engine, checkpoint, self.state_key, known, purpose)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -261,11 +242,7 @@ class WeightAveraging(TrickCallback):
     def _restore(self, state: dict[str, Any]) -> None:
         self._applied, self._at_update = state["applied"], state["at_update"]
         if state["updates"] and self._found is None:
-            rank_zero_warn(
-                "WeightAveraging: the checkpoint was saved when its fit had ended and the module held the average."
-                " Training goes on from that, and a new average begins. Resume from one saved in the fit to go on"
-                " exactly."
-            )
+            rank_zero_warn(ENDED)
 
     def _reset(self) -> None:
         self._average = Average(self.policy, self.offload)

@@ -19,19 +19,22 @@ Kind = Literal["standard", "robust", "minmax", "power"]
 KINDS = ("standard", "robust", "minmax", "power")
 BITS = 40  # of a deviation that are kept, of 53, and of a mean as seen from it
 POINTS = 999  # quantiles by which the power of a feature is found
+FAR = 1000  # deviations from 0 beyond which a power would see no difference between values
 
 
 class FeatureNormalizer(nn.Module):
     """Brings each feature to one scale, by statistics of the training data alone.
 
-    Make it a submodule and `fit` it before training: its buffers then live in every checkpoint, and need no fitting
-    after a resume. Call it on a batch, in the module or in a collator.
+    Make it a submodule and `fit` it before training, in `setup` say: its buffers then live in every checkpoint, and
+    those of a checkpoint take the place of what was fitted before it was restored. Call it on a batch, in the module or
+    in a collator.
 
     - "standard": mean 0 and variance 1, exactly.
     - "minmax": from 0 to 1, exactly.
     - "robust": the median to 0, the interquartile range to 1; quantiles are within 1% of a rank at a million rows.
     - "power": Yeo and Johnson's transform towards a normal distribution, then mean 0 and variance 1; the power, mean
-      and variance are those of 999 quantiles.
+      and variance are those of 999 quantiles. A feature whose median is more than 1000 deviations from 0, such as a
+      time in seconds, is first moved there: the transform bends around 0.
 
     A constant feature becomes 0, and comes back from the inverse as what it was. Missing values (NaN) are left out of
     the statistics and become 0, which is the mean, the median or, for "minmax", the minimum.
@@ -61,7 +64,12 @@ class FeatureNormalizer(nn.Module):
         self.features, self.kind = features, kind
         self.statistics: Tensor
         # float64 by their bits: an engine that casts a module to bf16 leaves whole numbers alone.
-        self.register_buffer("statistics", torch.zeros(4, features, dtype=torch.float64).view(torch.int64))
+        self.register_buffer("statistics", torch.zeros(5, features, dtype=torch.float64).view(torch.int64))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it has statistics, from `fit` or from a checkpoint."""
+        return bool(self.statistics[3, 0])  # the bits of a count above 0 are not 0
 
     def fit(self, batches: Iterable[Any]) -> "FeatureNormalizer":
         """Take the statistics of these rows, over all ranks, in one pass. Collective where there are several ranks.
@@ -96,10 +104,10 @@ class FeatureNormalizer(nn.Module):
         Raises:
             MisconfigurationError: if there are other features, or `fit` was not called.
         """
-        shift, scale, power, _ = self._fitted(values)
+        shift, scale, power, _, origin = self._fitted(values)
         found = values.double()
         if self.kind == "power":
-            found = power_transform(found, power)
+            found = power_transform(found - origin, power)
         normal: Tensor = (found - shift) / scale
         return normal.nan_to_num(nan=0.0).to(values.dtype)
 
@@ -109,10 +117,10 @@ class FeatureNormalizer(nn.Module):
         Raises:
             MisconfigurationError: if there are other features, or `fit` was not called.
         """
-        shift, scale, power, _ = self._fitted(values)
+        shift, scale, power, _, origin = self._fitted(values)
         found: Tensor = values.double() * scale + shift
         if self.kind == "power":
-            found = power_inverse(found, power)
+            found = power_inverse(found, power) + origin
         return found.to(values.dtype)
 
     def extra_repr(self) -> str:
@@ -125,7 +133,7 @@ class FeatureNormalizer(nn.Module):
             raise MisconfigurationError(
                 f"Values of shape {tuple(values.shape)} do not have {self.features} features in their last dimension."
             )
-        if not bool(found[3, 0]):
+        if not self.fitted:
             raise MisconfigurationError("The FeatureNormalizer has no statistics yet: call `fit` with training data.")
         return found
 
@@ -140,14 +148,17 @@ class FeatureNormalizer(nn.Module):
         return rows
 
     def _found(self, whole: "_Statistics") -> list[Tensor]:
-        """Shift, scale, power and the number of values of each feature."""
+        """Shift, scale, power, the number of values and the origin of each feature."""
         moments = whole.moments
         if (moments.count == 0).any():
             raise DataError(f"Feature {int((moments.count == 0).nonzero()[0])} has no value. Leave it out.")
         constant = moments.most == moments.least
-        power = torch.ones(self.features, dtype=torch.float64)
+        power, origin = torch.ones_like(moments.mean), torch.zeros_like(moments.mean)
         if self.kind == "power":
             points = whole.quantiles([(point + 0.5) / POINTS for point in range(POINTS)])
+            median = points[POINTS // 2]
+            origin = median.where(~constant & (median.abs() > FAR * moments.variance().sqrt()), origin)
+            points = points - origin
             power = best_power(points).where(~constant, power)
             moved = power_transform(points, power)
             shift, scale = moved.mean(0), moved.std(0, correction=0)
@@ -162,7 +173,7 @@ class FeatureNormalizer(nn.Module):
         alone = power_transform(moments.least, power) if self.kind == "power" else moments.least
         shift = torch.where(constant, alone, shift)
         scale = scale.where(~constant & (scale > 0), torch.ones_like(scale))
-        return [shift, scale, power, moments.count]
+        return [shift, scale, power, moments.count, origin]
 
 
 def _rounded(values: Tensor, deviation: Tensor) -> Tensor:

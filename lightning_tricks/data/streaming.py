@@ -21,7 +21,7 @@ __all__ = ["StreamingSampler"]
 
 SLACK = 100  # a hundredth of an epoch's steps to spare, so that few epochs need larger pools
 LONGEST = 1 << 62
-VERSION = 2  # of the order: one more whenever the same options give another
+VERSIONS = {"batch_size": 1, "max_tokens": 2}  # of the order: one more whenever the same options give another
 
 
 class StreamingSampler:
@@ -146,16 +146,14 @@ class StreamingSampler:
         if not self.by_tokens or count < world:
             return plain_steps(count, world, limit if not self.by_tokens else 1, drop_last=False)
         if (world, limit) not in self._known_steps:
-            costs = self._costs if self.kept is None else self._costs[self.kept]
-            enough = always_enough(costs, limit, world)
+            enough = always_enough(self._costs if self.kept is None else self._costs[self.kept], limit, world)
             if enough is None:
                 raise DataError(
                     f"{count} rows cannot be had in equally many batches within `max_tokens={limit}` on each of"
                     f" {world} devices: too many of them fill a batch alone. Raise `max_tokens`, use fewer devices, or"
                     f" leave {count % world} row(s) out."
                 )
-            rows = self._rows((self.seed, 0), None)
-            ranks = self._ranks(rows, self._bounds(rows, world, limit, None), (self.seed, 0))
+            ranks = self._ranks(self._rows((self.seed, 0), None), world, limit, None, (self.seed, 0)) or []
             needed = int(self._pools(ranks, limit, None).steps.sum())
             self._known_steps[world, limit] = min(max(enough, needed + needed // SLACK), count // world)
         return self._known_steps[world, limit]
@@ -179,15 +177,20 @@ class StreamingSampler:
         wanted = self.steps(world, limit) if steps is None else steps
         key = (self.seed, self.epoch, *([segment] if segment else []))
         rows = self._rows((self.seed, self.epoch), samples)
-        bounds = self._bounds(rows, world, limit, wanted) if wanted >= 1 and len(rows) >= wanted * world else None
-        if bounds is None or (not self.by_tokens and len(rows) - wanted * world * limit >= world):
+        ranks = None
+        if (
+            wanted >= 1
+            and len(rows) >= wanted * world
+            and (self.by_tokens or len(rows) - wanted * world * limit < world)
+        ):
+            ranks = self._ranks(rows, world, limit, wanted, key)
+        if ranks is None:
             raise MisconfigurationError(does_not_fit(len(rows), wanted, world, resumed=samples is not None))
-        ranks = self._ranks(rows, bounds, key)
         if self.by_tokens:
             pools = self._pools(ranks, limit, wanted)
         else:
             even = (wanted - 1) * limit >= len(rows) // world
-            pools = fixed_pools(np.diff(bounds), limit, self.window, wanted, even)
+            pools = fixed_pools(np.array([len(each) for each in ranks]), limit, self.window, wanted, even)
         return StreamPlan(ranks, pools, self.costs, None if self.buffer is None else key)
 
     def check(self, samples: int, collate_fn: Any) -> None:
@@ -206,7 +209,7 @@ class StreamingSampler:
 
     def identity(self) -> dict[str, Any]:
         """What decides the order."""
-        lengths = {}
+        by, lengths = "max_tokens" if self.by_tokens else "batch_size", {}
         if self.costs is not None:
             lengths["fingerprint of the lengths"] = checksum_of(self.costs, self.kept)
         return {
@@ -214,9 +217,9 @@ class StreamingSampler:
             "seed": self.seed,
             "window": self.window,
             "buffer": self.buffer,
-            "by": "max_tokens" if self.by_tokens else "batch_size",
+            "by": by,
             "too_long": self.too_long,
-            "order's version": VERSION,
+            "order's version": VERSIONS[by],
             "fingerprint of the shards' sizes": f"{zlib.crc32(self._sizes.data):08x}",
             **lengths,
         }
@@ -226,18 +229,17 @@ class StreamingSampler:
         numbers = None if chosen is None else np.asarray(chosen, np.int64)
         return ShardRows(self._sizes, None if self.buffer is None else key, numbers)
 
-    def _bounds(self, rows: ShardRows, world: int, limit: int, steps: int | None) -> np.ndarray | None:
-        """Where ranks' rows start and stop: as many for each, or of the same cost."""
-        if not self.by_tokens:
-            return len(rows) * np.arange(world + 1) // world
-        return cut_ranks(self._costs[rows[np.arange(len(rows))]], world, limit, steps)
-
-    def _ranks(self, rows: ShardRows, bounds: np.ndarray | None, key: tuple[int, ...]) -> list[RankRows]:
-        parts = pairwise([] if bounds is None else bounds.tolist())
-        return [
-            RankRows(rows, first, stop, self.buffer or 0, None if self.buffer is None else (*key, rank))
-            for rank, (first, stop) in enumerate(parts)
-        ]
+    def _ranks(
+        self, rows: ShardRows, world: int, limit: int, steps: int | None, key: tuple[int, ...]
+    ) -> list[RankRows] | None:
+        """Each rank's rows: equally many, or of the same cost. None if so many steps cannot be had."""
+        bounds: np.ndarray | None = len(rows) * np.arange(world + 1) // world
+        if self.by_tokens:
+            bounds = cut_ranks(self._costs[rows[np.arange(len(rows))]], world, limit, steps)
+        if bounds is None:
+            return None
+        keys = [None if self.buffer is None else (*key, rank) for rank in range(world)]
+        return [RankRows(rows, *part, self.buffer or 0, own) for part, own in zip(pairwise(bounds), keys, strict=True)]
 
     def _pool_size(self, limit: int) -> int:
         return self.window * (max(1, round(limit / self._mean)) if self.by_tokens else limit)

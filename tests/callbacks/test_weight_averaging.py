@@ -524,8 +524,12 @@ def test_saving_after_the_fit_saves_what_the_module_holds(trainer, resumable, tm
         file = torch.load(tmp_path / "after.ckpt", weights_only=True)
         assert same_weights(file["state_dict"], module.state_dict())
         assert file["lightning_tricks"]["averaged"]["updates"] == "4"
-    with pytest.warns(UserWarning, match="saved when its fit had ended"):
-        trainer([WeightAveraging(EMA(0.5))], max_epochs=2).fit(resumable(), ckpt_path=tmp_path / "after.ckpt")
+    for policy in (EMA(0.5), EMA(0.6)):
+        with pytest.warns(UserWarning, match="saved when its fit had ended"):
+            trainer([WeightAveraging(policy)], max_epochs=2).fit(resumable(), ckpt_path=tmp_path / "after.ckpt")
+    again = resumable()
+    trainer([WeightAveraging(EMA(0.6))]).test(again, ckpt_path=tmp_path / "after.ckpt", verbose=False)
+    assert same_weights(again.state_dict(), module.state_dict())
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------

@@ -122,16 +122,26 @@ def check_class_balanced_sampler(outcome: "Outcome") -> None:
 
 
 class Normalized(Classifier):
-    """What the encoder gives of the untrained tokens' positions, normalised: statistics of each rank's own part."""
+    """With two features of each sequence, normalised; each rank fits on its own part, once, and not after a resume."""
 
     def __init__(self) -> None:
         super().__init__()
         self.normalizer = FeatureNormalizer(2)
 
-    def setup(self, stage: str) -> None:
+    def on_validation_start(self) -> None:
+        self.fit_once()  # the first is the sanity check
+
+    def on_train_start(self) -> None:
+        self.fit_once()
+
+    def fit_once(self) -> None:
+        if self.normalizer.fitted:
+            return
+        assert self.trainer.global_step == 0, "the checkpoint's statistics were not restored"
         data = Sequences(54, seed=1)
         own = range(self.trainer.global_rank, len(data), self.trainer.world_size)
-        self.normalizer.fit(self.features(data[index][0][None]) for index in own)
+        device = self.normalizer.statistics.device
+        self.normalizer.fit(self.features(data[index][0][None].to(device)) for index in own)
 
     @staticmethod
     def features(tokens: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """LengthBucketSampler: every sample once, within the budget, as many steps on every rank and in every epoch."""
 
 import itertools
-import zlib
 
 import numpy as np
 import pytest
@@ -175,21 +174,6 @@ def test_more_ranks_with_a_smaller_budget_go_on_in_mid_epoch():
     assert flat(steps[:30] + parts(plan, 2)) == list(range(1500))
     with pytest.raises(MisconfigurationError, match=r"samples left cannot be had in the .* steps that are left on 2"):
         continued(sampler, [(1, 512, 60), (2, 512, 0)])
-
-
-def test_the_order_is_the_same_on_every_platform():
-    """The hashes of orders that were written down once."""
-    found = []
-    for options in ({"batch_size": 16}, {"max_tokens": 700, "pad_to": 8}):
-        sampler = LengthBucketSampler(corpus(), **options, window=5, seed=3)
-        for epoch, world in ((0, 1), (5, 1), (5, 3)):
-            sampler.set_epoch(epoch)
-            steps = parts(sampler.plan(world, sampler.limit), world)
-            found.append(zlib.crc32(repr(steps).encode()))
-    assert found == PINNED
-
-
-PINNED = [4058060005, 663687844, 2549549430, 2687216100, 2024760146, 1731949542]
 
 
 def test_epochs_differ_and_repeat():

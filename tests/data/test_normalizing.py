@@ -1,13 +1,15 @@
 """FeatureNormalizer against scikit-learn and SciPy, merged over ranks, kept in checkpoints."""
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from sklearn import preprocessing
 
-from lightning_tricks.data import FeatureNormalizer, normalizing
+from lightning_tricks.data import FeatureNormalizer, TricksDataLoader, normalizing
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.functional.power import best_power, power_inverse, power_transform
+from tests.trainers import quiet_trainer
 
 GENERATOR = torch.Generator().manual_seed(0)
 SKEWED = torch.randn(4000, 3, generator=GENERATOR, dtype=torch.float64).mul(torch.tensor([1.0, 0.5, 2.0])).exp()
@@ -95,6 +97,17 @@ def test_times_in_seconds(kind):
     assert (found.flatten()[data.flatten().argsort()].diff() > -1e-6).all()
 
 
+def test_a_skewed_feature_far_away_has_the_power_that_it_would_have_here():
+    here = rows()[:, :1]
+    there = here + 1.7e9
+    middle = here - here.median()
+    expected = torch.from_numpy(preprocessing.PowerTransformer().fit_transform(middle.numpy()))
+    normalizer = FeatureNormalizer(1, kind="power").fit(there.split(100))
+    found = normalizer(there)
+    assert (found - expected)[expected.abs() < 2].abs().max() < TOLERANCE["power"]
+    assert torch.allclose(normalizer.inverse(found), there, rtol=0, atol=1e-5)
+
+
 def test_statistics_survive_a_checkpoint_and_a_cast():
     data = rows()
     fitted = FeatureNormalizer(3, kind="power").fit([data])
@@ -102,6 +115,72 @@ def test_statistics_survive_a_checkpoint_and_a_cast():
     other = FeatureNormalizer(3, kind="power")
     other.load_state_dict(fitted.state_dict())
     assert torch.equal(other.bfloat16()(data), expected)
+
+
+class Table(L.LightningDataModule):
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def train_dataloader(self):
+        return TricksDataLoader(self.rows, batch_size=500, shuffle=True, seed=0)
+
+
+class Regression(L.LightningModule):
+    """As the card shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalizer = FeatureNormalizer(3)
+        self.layer = torch.nn.Linear(3, 1, dtype=torch.float64)
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.normalizer.fit(self.trainer.datamodule.train_dataloader())
+
+    def training_step(self, batch):
+        return self.layer(self.normalizer(batch)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_resume_goes_on_with_the_checkpoint_s_statistics(tmp_path):
+    first = Regression()
+    assert not first.normalizer.fitted
+    run = quiet_trainer(tmp_path, max_epochs=1)
+    run.fit(first, datamodule=Table(rows()))
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    assert torch.allclose(first.normalizer(rows()).std(0, correction=0), torch.ones(3, dtype=torch.float64))
+    resumed = Regression()
+    quiet_trainer(tmp_path, max_epochs=2).fit(resumed, datamodule=Table(rows() * 7), ckpt_path=tmp_path / "one.ckpt")
+    assert torch.equal(resumed.normalizer.statistics, first.normalizer.statistics)
+    loaded = Regression.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert loaded.normalizer.fitted
+    assert torch.equal(loaded.normalizer(rows()), first.normalizer(rows()))
+
+
+class Normalizing:
+    """A collator that normalises, in a worker."""
+
+    def __init__(self, normalizer):
+        self.normalizer = normalizer
+
+    def __call__(self, samples):
+        return self.normalizer(torch.stack(samples)), torch.utils.data.get_worker_info() is not None
+
+
+@pytest.mark.slow
+def test_in_a_collator_with_workers():
+    data = rows(missing=True)
+    normalizer = FeatureNormalizer(3, kind="robust").fit([data])
+    loader = TricksDataLoader(
+        data, batch_size=1000, shuffle=False, seed=0, num_workers=2, collate_fn=Normalizing(normalizer)
+    )
+    batches = list(loader)
+    assert all(in_worker for _, in_worker in batches)
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), normalizer(data))
 
 
 def test_a_batch_may_have_any_number_of_dimensions():
