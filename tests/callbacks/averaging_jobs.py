@@ -201,15 +201,16 @@ def broken_everywhere(engine: str, folder: str) -> None:
     module.break_at = 4
     run = Run(engine, Path(folder))
     options = {"max_epochs": 2, "val_check_interval": 2, **whole_strategy(engine)}
-    trainer = run.trainer(Rescue(), trail, averaging, **options)
+    rescued = engine in ("ddp", "zero_2")  # one engine of either kind
+    trainer = run.trainer(*([Rescue()] if rescued else []), trail, averaging, **options)
     with pytest.raises(KeyError, match="broken"):
         trainer.fit(module)
-    if engine.startswith("zero"):  # where the others are needed, and may be elsewhere: the module keeps the average
+    if engine == "zero_2":  # where the others are needed, and may be elsewhere: the module keeps the average
         same(weights_of(trainer), ema(trail.raw, 0.5))
         assert (weights_of(trainer)["enter.weight"] - trail.raw[-1]["enter.weight"]).abs().max() > 1e-4
-    else:
+    elif not engine.startswith("zero"):
         same(weights_of(trainer), trail.raw[-1], bits=True)
-    if ranks()[0] == 0:
+    if rescued and ranks()[0] == 0:
         same(read_checkpoint(rescue)["state_dict"], trail.raw[-1], bits=True)
 
 
