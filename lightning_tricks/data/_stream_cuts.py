@@ -79,7 +79,8 @@ def cut_ranks(costs: np.ndarray, world: int, budget: int, steps: int | None) -> 
     targets = np.array([int(sums[-1]) * rank // world for rank in range(1, world)], np.int64)
     ideal = np.array([0, *(np.searchsorted(sums, targets) + 1), len(costs)])
     ranks = np.arange(world + 1)
-    ideal = np.clip(ideal, ranks, len(costs) - world + ranks)  # a row for each
+    ideal = np.maximum.accumulate(ideal - ranks) + ranks  # a row for each, however long one is
+    ideal = np.minimum(ideal, len(costs) - world + ranks)
     if steps is None or all(_fits(costs, first, stop, budget, steps) for first, stop in pairwise(ideal.tolist())):
         return np.asarray(ideal)
     return _moved(costs, ideal.tolist(), budget, steps)

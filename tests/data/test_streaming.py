@@ -166,6 +166,13 @@ def test_an_epoch_of_any_shards_is_a_permutation_within_the_budget(shards, budge
         assert all(part and len(part) * lengths[part].max() <= sampler.limit for step in found for part in step)
 
 
+def test_a_row_longer_than_several_ranks_parts():
+    sampler = sampler_of([8], lengths=[1, 1, 1, 9, 1, 1, 1, 1], max_tokens=9, buffer=None)
+    steps = parts_of(sampler, 4)
+    assert len(steps) == sampler.steps(4, 9)
+    assert sorted(flat(steps)) == list(range(8))
+
+
 def test_long_rows_in_one_shard_alone():
     """A rank may have nothing but rows that fill a batch alone, as many as steps: the others' pools must agree."""
     lengths = np.repeat([90, 5, 7, 80, 3], 120)
