@@ -51,6 +51,7 @@ from tests.conformance import averaging_cases as averaging
 from tests.conformance import data_cases
 from tests.conformance import ensemble_cases as ensembles
 from tests.conformance import normalization_cases as normalization
+from tests.conformance import packing_cases as packing
 from tests.conformance import schedule_cases as schedule
 from tests.conformance import streaming_cases as streaming
 from tests.conformance import unfreezing_cases as unfreezing
@@ -442,6 +443,7 @@ CASES = (
         data_cases.check_class_balanced_sampler,
         tolerance={"32-true": 2e-5, "bf16-mixed": 3e-1},  # a bias that hardly moves: Adam makes full steps of rounding
     ),
+    Case("SequencePacker", packing.sequence_packer, packing.check_sequence_packer),
     Case("FeatureNormalizer", data_cases.feature_normalizer, data_cases.check_feature_normalizer),
     Case(
         "SequenceLengthWarmup",
