@@ -8,15 +8,14 @@ from typing import Any
 from torch import nn
 
 from lightning_tricks.engines._flat import plain_name
+from lightning_tricks.engines._fsdp2_names import COMPILED
 from lightning_tricks.errors import CheckpointError
 
-__all__ = ["asked_for_what_it_holds", "refuse_half_a_state"]
-
-_COMPILED = "_orig_mod."
+__all__ = ["asked_for_its_moments", "refuse_half_a_state"]
 
 
 @contextmanager
-def asked_for_what_it_holds(module: nn.Module, path: Path) -> Iterator[None]:
+def asked_for_its_moments(module: nn.Module, path: Path) -> Iterator[None]:
     """Within the block torch restores the moments that the folder holds, and leaves the other parameters without.
 
     Torch makes state for whatever requires a gradient, with a step counted, and fails where the folder has none: of a
@@ -27,7 +26,7 @@ def asked_for_what_it_holds(module: nn.Module, path: Path) -> Iterator[None]:
         path: a checkpoint folder.
     """
     held = _with_state(path)
-    own = {plain_name(name).replace(_COMPILED, ""): parameter for name, parameter in module.named_parameters()}
+    own = {plain_name(name).replace(COMPILED, ""): parameter for name, parameter in module.named_parameters()}
     silent = [parameter for name, parameter in own.items() if parameter.requires_grad and name not in held]
     without = silent if held else []  # an optimizer without state
     for parameter in without:

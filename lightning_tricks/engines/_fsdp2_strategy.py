@@ -25,7 +25,8 @@ from lightning_tricks.engines._batch_norm import normalisations_with_statistics
 from lightning_tricks.engines._blocks import find_blocks
 from lightning_tricks.engines._check import check_before_fit
 from lightning_tricks.engines._checkpoint_values import parts_of, write_parts
-from lightning_tricks.engines._fsdp2_states import asked_for_what_it_holds, refuse_half_a_state
+from lightning_tricks.engines._fsdp2_names import asking_for_its_weights, refuse_other_names
+from lightning_tricks.engines._fsdp2_states import asked_for_its_moments, refuse_half_a_state
 from lightning_tricks.engines._headline import log_headline
 from lightning_tricks.engines._machine import refuse_offload, refuse_oversubscription
 from lightning_tricks.engines._materialise import materialise, refuse_without_values
@@ -248,7 +249,9 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
             with allow_hyper_parameters():
                 if path.is_file():
                     return self._load_file(path, weights_only)
-                with asked_for_what_it_holds(self._required_module, path) if self.optimizers else nullcontext():
+                module = self._required_module
+                states = asked_for_its_moments(module, path) if self.optimizers else nullcontext()
+                with asking_for_its_weights(module, path), states:
                     return super().load_checkpoint(path, weights_only)
         finally:
             self.optimizers = kept
@@ -279,13 +282,8 @@ class FSDP2Strategy(BringsPrecision, ModelParallelStrategy):
         checkpoint = torch.load(path, map_location="meta", weights_only=weights_only)
         if module.trainer.state.fn == TrainerFn.FITTING:
             refuse_half_a_state(checkpoint, path)
-        saved = set(checkpoint["state_dict"])
-        if strict and (differing := sorted(saved ^ set(module.state_dict()))):
-            where = "module" if differing[0] in saved else "checkpoint"
-            raise CheckpointError(
-                f"{path} does not fit {type(module).__name__}: `{differing[0]}` is not in the {where}. Load one"
-                " of this very model."
-            )
+        if strict:
+            refuse_other_names(module, path, set(checkpoint["state_dict"]))
 
 
 def _dtypes(precision: str) -> dict[str, Any]:
