@@ -90,6 +90,8 @@ class Rows:
 
     def __init__(self, method: str) -> None:
         self.method = method
+        fused = getattr(METHODS[method], "adapters", ())
+        self.at_rest = rf"_({'|'.join(fused)})$" if fused else "^$"
 
     def build(self) -> Any:
         from tests.conformance.cases import Run

@@ -45,8 +45,10 @@ class Matrix:
         _, folder = self.fit(case, engine, precision)
         _, reference_folder = self.fit(case, REFERENCE, precision)
         reference, straight = outcome(reference_folder, "straight"), outcome(folder, "straight")
+        for each in (reference, straight):
+            each["weights"] |= {name: w.float() for name, w in each["weights"].items() if re.search(case.at_rest, name)}
         off = differences(straight, reference, case.tolerance[precision])
-        lost = differences(outcome(folder, "resumed"), straight, case.resume_tolerance)
+        lost = differences(outcome(folder, "resumed"), outcome(folder, "straight"), case.resume_tolerance)
         return [
             *(f"against one device: {line}" for line in off),
             *(f"resumed against uninterrupted: {line}" for line in lost),
