@@ -57,7 +57,7 @@ class Adapted(AdapterMixin, Classifier):
         for name in names:
             self.adapt(net, METHODS["Bottleneck"], name=name)
             for _, layer in adapted_layers(net):
-                nn.init.normal_(layer.own("up", name), std=0.1)
+                nn.init.normal_(layer.own("up", name), std=0.5)  # else Adam steps by rounding
 
     def configure_optimizers(self) -> dict[str, Any]:
         """As in every row, over the groups that LoRA+ asks for."""
