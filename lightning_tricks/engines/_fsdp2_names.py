@@ -11,9 +11,9 @@ from torch import nn
 from lightning_tricks.engines._flat import plain_name
 from lightning_tricks.errors import CheckpointError
 
-__all__ = ["COMPILED", "asking_for_its_weights", "refuse_other_names"]
+__all__ = ["asking_for_its_weights", "keys_of", "own_name", "refuse_other_names"]
 
-COMPILED = "_orig_mod."
+_COMPILED = "_orig_mod."
 _WEIGHTS = "state_dict."
 
 
@@ -30,12 +30,12 @@ def asking_for_its_weights(module: LightningModule, path: Path) -> Iterator[None
     Raises:
         CheckpointError: if loading is strict and either has a weight that the other lacks, which is named.
     """
-    held = _held(path)
+    held = {own_name(key.removeprefix(_WEIGHTS)) for key in keys_of(path) if key.startswith(_WEIGHTS)}
     if module.strict_loading:
         refuse_other_names(module, path, held)
 
     def leave_out(_module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        for name in [name for name in state if _plain(name) not in held]:
+        for name in [name for name in state if own_name(name) not in held]:
             del state[name]
 
     hook = module.register_state_dict_post_hook(leave_out)  # type: ignore[no-untyped-call]
@@ -51,7 +51,7 @@ def refuse_other_names(module: LightningModule, path: Path, saved: set[str]) -> 
     Raises:
         CheckpointError: naming the first.
     """
-    if differing := sorted(saved ^ {_plain(name) for name in module.state_dict()}):
+    if differing := sorted(saved ^ {own_name(name) for name in module.state_dict()}):
         where = "module" if differing[0] in saved else "checkpoint"
         name = type(module).__name__.removeprefix("FSDP")  # which sharding puts before it
         raise CheckpointError(
@@ -60,12 +60,13 @@ def refuse_other_names(module: LightningModule, path: Path, saved: set[str]) -> 
         )
 
 
-def _held(path: Path) -> set[str]:
+def keys_of(path: Path) -> list[str]:
+    """Under what keys a checkpoint folder holds tensors."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    keys = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {_plain(key.removeprefix(_WEIGHTS)) for key in keys if key.startswith(_WEIGHTS)}
+    return list(FileSystemReader(path).read_metadata().state_dict_metadata)
 
 
-def _plain(name: str) -> str:
-    return plain_name(name).replace(COMPILED, "")
+def own_name(name: str) -> str:
+    """A name without what sharding, recomputation and compilation put into it."""
+    return plain_name(name).replace(_COMPILED, "")

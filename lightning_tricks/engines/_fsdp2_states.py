@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_tricks.engines._flat import plain_name
-from lightning_tricks.engines._fsdp2_names import COMPILED
+from lightning_tricks.engines._fsdp2_names import keys_of, own_name
 from lightning_tricks.errors import CheckpointError
 
 __all__ = ["asked_for_its_moments", "refuse_half_a_state"]
@@ -26,7 +25,7 @@ def asked_for_its_moments(module: nn.Module, path: Path) -> Iterator[None]:
         path: a checkpoint folder.
     """
     held = _with_state(path)
-    own = {plain_name(name).replace(COMPILED, ""): parameter for name, parameter in module.named_parameters()}
+    own = {own_name(name): parameter for name, parameter in module.named_parameters()}
     silent = [parameter for name, parameter in own.items() if parameter.requires_grad and name not in held]
     without = silent if held else []  # an optimizer without state
     for parameter in without:
@@ -51,8 +50,5 @@ def refuse_half_a_state(saved: Mapping[str, Any], path: Path) -> None:
 
 def _with_state(path: Path) -> set[str]:
     """The names of the parameters that a folder holds optimizer state of."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    keys = FileSystemReader(path).read_metadata().state_dict_metadata
-    states = [key.partition(".state.")[2] for key in keys if key.startswith("optimizer_") and ".state." in key]
+    states = [key.partition(".state.")[2] for key in keys_of(path) if key.startswith("optimizer_") and ".state." in key]
     return {state.rpartition(".")[0] for state in states}

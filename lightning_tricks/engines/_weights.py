@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_tricks.engines._capabilities import refusal
 from lightning_tricks.engines._checkpoint_values import add_part, add_whole, cut, stored
 from lightning_tricks.engines._ranks import sum_over_ranks
-from lightning_tricks.engines._saving import attempt, raise_together, stream_on_rank_zero
+from lightning_tricks.engines._saving import stream_on_rank_zero, write_on_rank_zero
 from lightning_tricks.engines._shard_files import named_wholes, rounded
 from lightning_tricks.engines._shards import Shard, misfit
 from lightning_tricks.errors import CheckpointError, MisconfigurationError
@@ -94,7 +94,7 @@ class WeightsEngine:
 
     def write_on_rank_zero(self, path: Path, write: Callable[[], object]) -> None:
         """Let rank 0 write a file, while the others wait. A failure there is raised on every rank."""
-        raise_together(path, attempt(write) if self.rank == 0 else None, self.world_size)
+        write_on_rank_zero(path, write)
 
     def load_weights(self, path: Path) -> None:
         """Put the weights of a file written by `save_weights` back."""
