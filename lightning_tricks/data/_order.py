@@ -6,12 +6,17 @@ import numpy as np
 
 from lightning_tricks.data._plan import Plan
 from lightning_tricks.errors import DataError, MisconfigurationError
+from lightning_tricks.functional.batching import shuffled_indices
 
 __all__ = ["PlainOrder", "does_not_fit", "plain_steps"]
+
+VERSION = 2  # of the shuffle: one more whenever the same seed gives another
 
 
 class PlainOrder:
     """A permutation of `samples` indices, pure in (seed, epoch), or the identity, in steps of `batch_size` per rank.
+
+    It is the same on every platform and with every version of numpy.
 
     The last, partial step is split as evenly as it goes. When it holds fewer samples than there are ranks it joins the
     one before, so that no rank comes away empty.
@@ -47,10 +52,10 @@ class PlainOrder:
         self.epoch = epoch
 
     def indices(self) -> np.ndarray:
-        """The whole order of this epoch, as int64 indices."""
+        """The whole order of this epoch."""
         if not self.shuffle:
             return np.arange(self.samples)
-        return np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
+        return shuffled_indices(self.samples, (self.seed, self.epoch))
 
     def steps(self, world: int, limit: int) -> int:
         """The number of steps of an epoch.
@@ -86,11 +91,13 @@ class PlainOrder:
 
     def identity(self) -> dict[str, Any]:
         """What decides the order."""
+        version = {"order's version": VERSION} if self.shuffle else {}
         return {
             "samples": self.samples,
             "seed": self.seed,
             "shuffle": int(self.shuffle),
             "drop_last": int(self.drop_last),
+            **version,
         }
 
 
