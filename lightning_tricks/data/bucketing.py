@@ -13,6 +13,7 @@ from lightning_tricks.data._plan import StepOrder
 from lightning_tricks.data.length_buckets import LengthBucketSampler
 from lightning_tricks.data.lengths import measure_lengths
 from lightning_tricks.data.loader import TricksDataLoader
+from lightning_tricks.data.train_position import TrainPosition
 from lightning_tricks.errors import MisconfigurationError
 
 __all__ = ["bucketed"]
@@ -34,8 +35,7 @@ def bucketed(
 
     The dataset, the collate function, the workers and how they load are those of its own loader, whose order and
     batches are dropped. Lengths are measured when the loader is first asked for. Validation and test stay as they are.
-    The position in the epoch is part of the data module's state: Lightning restores that of a loader itself, but not if
-    `configure_optimizers` asked for the number of steps.
+    The position in the epoch is part of the data module's state.
 
     Args:
         datamodule: whose `train_dataloader` gives one DataLoader of a map-style dataset. It is changed, and returned.
@@ -59,6 +59,7 @@ def bucketed(
     wrapped = _Bucketed(
         datamodule, sampler, lambda data: measure_lengths(data, length=length, num_workers=num_workers, cache=cache)
     )
+    datamodule.setup = wrapped.setup  # type: ignore[method-assign]
     datamodule.train_dataloader = wrapped.train_dataloader  # type: ignore[method-assign]
     datamodule.state_dict = wrapped.state_dict  # type: ignore[method-assign]
     datamodule.load_state_dict = wrapped.load_state_dict  # type: ignore[method-assign]
@@ -74,14 +75,18 @@ class _Bucketed:
         sampler: Callable[[np.ndarray], StepOrder] | None,
         measure: Callable[[Any], np.ndarray],
     ) -> None:
-        self._own = datamodule.train_dataloader, datamodule.state_dict, datamodule.load_state_dict
+        self._own_setup, self._own_loader = datamodule.setup, datamodule.train_dataloader
+        self._own_state, self._load_own_state = datamodule.state_dict, datamodule.load_state_dict
         self._sampler, self._measure = sampler, measure
         self._lengths: np.ndarray | None = None
-        self._loader: TricksDataLoader | None = None
-        self._position: dict[str, Any] | None = None
+        self._position = TrainPosition(datamodule)
+
+    def setup(self, stage: str) -> None:
+        self._position.begin(stage)
+        self._own_setup(stage)
 
     def train_dataloader(self) -> TricksDataLoader:
-        loader = self._own[0]()
+        loader = self._own_loader()
         if not isinstance(loader, DataLoader | TricksDataLoader):
             raise MisconfigurationError(
                 f"`bucketed` needs a `train_dataloader` that gives one DataLoader, got {type(loader).__name__}."
@@ -89,24 +94,20 @@ class _Bucketed:
         if self._lengths is None:
             self._lengths = self._measure(loader.dataset)
         make = self._sampler or (lambda lengths: LengthBucketSampler(lengths, batch_size=_batch_size(loader)))
-        self._loader = TricksDataLoader(
-            loader.dataset, sampler=make(self._lengths), collate_fn=loader.collate_fn, **loading_of(loader)
+        order = make(self._lengths)
+        return self._position.of(
+            TricksDataLoader(loader.dataset, sampler=order, collate_fn=loader.collate_fn, **loading_of(loader))
         )
-        if self._position is not None:
-            self._loader.load_state_dict(self._position)
-        return self._loader
 
     def state_dict(self) -> dict[str, Any]:
-        own = self._own[1]()
-        return own if self._loader is None else {**own, POSITION: self._loader.state_dict()}
+        position = self._position.state()
+        return {**self._own_state(), **({} if position is None else {POSITION: position})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         own = {name: value for name, value in state_dict.items() if name != POSITION}
         if own:
-            self._own[2](own)
-        self._position = state_dict.get(POSITION)
-        if self._loader is not None and self._position is not None:
-            self._loader.load_state_dict(self._position)
+            self._load_own_state(own)
+        self._position.restore(state_dict.get(POSITION))
 
 
 def _batch_size(loader: Any) -> int:

@@ -14,6 +14,7 @@ from lightning_tricks.data.padding import PadToLongest
 from lightning_tricks.data.split import Split, stratified_split
 from lightning_tricks.data.texts import read_texts
 from lightning_tricks.data.tokens import TokenDataset, TokenizedTexts, load_tokenizer, tokenize
+from lightning_tricks.data.train_position import TrainPosition
 from lightning_tricks.errors import MisconfigurationError
 from lightning_tricks.recipes._encoders import encoder_source
 
@@ -85,8 +86,7 @@ class TextClassificationData(L.LightningDataModule):
         self.fold = checked_fold(fold)
         self.augmented = augmented
         self._tokens: TokenizedTexts | None = None
-        self._train_loader: TricksDataLoader | None = None
-        self._position: dict[str, Any] | None = None
+        self._position = TrainPosition(self)
 
     @property
     def labels(self) -> list[str]:
@@ -116,28 +116,22 @@ class TextClassificationData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the tokens, in every process."""
+        self._position.begin(stage)
         self._tokens = tokenize(self._all_texts, self.tokenizer, max_length=self.max_length)
 
     def train_dataloader(self) -> TricksDataLoader:
         """Training texts, in a new order every epoch, unless `overfit_batches` repeats the same few."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        self._train_loader = self._loader(self._split.train, shuffle=not overfit, budget=not overfit)
-        if self._position is not None:
-            self._train_loader.load_state_dict(self._position)
-        return self._train_loader
+        return self._position.of(self._loader(self._split.train, shuffle=not overfit, budget=not overfit))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training texts.
-
-        Lightning restores that of a loader itself, but not if `configure_optimizers` asked for the number of steps.
-        """
-        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+        """The position in the training texts."""
+        position = self._position.state()
+        return {} if position is None else {"train": position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a position in the training texts."""
-        self._position = state_dict.get("train")
-        if self._train_loader is not None and self._position is not None:
-            self._train_loader.load_state_dict(self._position)
+        self._position.restore(state_dict.get("train"))
 
     def val_dataloader(self) -> TricksDataLoader:
         """Validation texts, the short ones first: there is less to pad."""

@@ -29,16 +29,28 @@ def test_an_epoch_is_a_permutation(tmp_path):
 
 
 def work(rank, folder):
-    """One rank: the process group, the model under DDP, two epochs."""
+    """One rank: the process group, two epochs, what they came to."""
     faulthandler.dump_traceback_later(150)  # before the test gives up: where each one is
     import torch
     from torch import distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    Path(folder, f"{rank}.json").write_text(json.dumps(train()))
+    distributed.destroy_process_group()
+
+
+def train():
+    """The model under DDP for two epochs.
+
+    DDP is gone when this returns: it would hold the process group beyond its end, and a group that goes with it waits,
+    holding the interpreter, for its thread, which may wait for the interpreter.
+    """
+    import torch
     from torch.nn.parallel import DistributedDataParallel
 
     from lightning_tricks.data import LengthBucketSampler, TricksDataLoader
 
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     model = DistributedDataParallel(torch.nn.Linear(1, 1))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
@@ -54,9 +66,7 @@ def work(rank, folder):
             model(batch[:, None] / SAMPLES).square().mean().backward()
             optimizer.step()
         assert len(epochs[-1]) == len(loader)
-    weights = repr([parameter.tolist() for parameter in model.parameters()])
-    Path(folder, f"{rank}.json").write_text(json.dumps({"epochs": epochs, "weights": weights}))
-    distributed.destroy_process_group()
+    return {"epochs": epochs, "weights": repr([parameter.tolist() for parameter in model.parameters()])}
 
 
 def main(folder):

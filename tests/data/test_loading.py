@@ -107,6 +107,9 @@ class Data(L.LightningDataModule):
     def train_dataloader(self):
         return DataLoader(ROWS, batch_size=4, shuffle=True, collate_fn=first_tokens, **self.options)
 
+    def test_dataloader(self):
+        return DataLoader(ROWS, batch_size=4, collate_fn=first_tokens)
+
     def state_dict(self):
         return {"own": 7}
 
@@ -138,9 +141,19 @@ class Counted(L.LightningModule):
         self.seen.append(batch.tolist())
         return self.layer(batch[:, None] / 60).square().mean()
 
+    def test_step(self, batch):
+        return self.layer(batch[:, None] / 60)
+
     def configure_optimizers(self):
         self.total = self.trainer.estimated_stepping_batches if self.asks else None
         return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Breaks(Counted):
+    """It fails once the checkpoint's position is restored."""
+
+    def configure_optimizers(self):
+        raise KeyError("broken")
 
 
 class Save(L.Callback):
@@ -170,3 +183,24 @@ def test_a_resumed_epoch_is_the_uninterrupted_one(tmp_path, asks, step):
     resumed, data = fit(tmp_path / "saved.ckpt")
     assert resumed == whole[step:]
     assert data.loaded == {"own": 7}
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:The '.*_dataloader' does not have many")
+def test_a_new_fit_starts_at_the_beginning_whatever_was_tested_or_broken_off_before(tmp_path):
+    data = bucketed(Data(), lambda lengths: LengthBucketSampler(lengths, max_tokens=30, window=3), length=len)
+
+    def fit(module, **options):
+        run = quiet_trainer(tmp_path, max_steps=3, **options)
+        run.fit(module, datamodule=data)
+        return run, module.seen
+
+    run, first = fit(Counted(False))
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    run.test(Counted(False), datamodule=data, ckpt_path=tmp_path / "saved.ckpt")
+    position = data.state_dict()
+    assert fit(Counted(False))[1] == first
+    assert position == data.state_dict(), "a test leaves the position of the fit as it was"
+
+    with pytest.raises(KeyError, match="broken"):
+        quiet_trainer(tmp_path).fit(Breaks(False), datamodule=data, ckpt_path=tmp_path / "saved.ckpt")
+    assert fit(Counted(False))[1] == first

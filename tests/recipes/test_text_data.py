@@ -5,10 +5,12 @@ from collections import Counter
 import lightning as L
 import numpy as np
 import pytest
+import torch
 
 from lightning_tricks.data import tokens
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.recipes import TextClassificationData
+from tests.trainers import quiet_trainer
 
 
 def make(path, **options):
@@ -113,6 +115,39 @@ def test_texts_are_tokenised_once(tsv, monkeypatch):
 
     monkeypatch.setattr(tokens, "_tokenize", never)
     ready(tsv, seed=5, limit=30, batch_size=2)
+
+
+class Reader(L.LightningModule):
+    """It keeps the tokens of the batches that it trains on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(1)), []
+
+    def training_step(self, batch):
+        self.seen.append(batch["input_ids"].tolist())
+        return self.weight.square().sum()
+
+    def validation_step(self, batch):
+        return None
+
+    def test_step(self, batch):
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many")
+@pytest.mark.parametrize("max_tokens", [None, 128])
+def test_a_new_fit_starts_at_the_beginning_whatever_was_tested_before(tsv, tmp_path, max_tokens):
+    data, modules = make(tsv, max_tokens=max_tokens), (Reader(), Reader())
+    for module in modules:
+        run = quiet_trainer(tmp_path, max_steps=3, val_check_interval=1000, check_val_every_n_epoch=None)
+        run.fit(module, datamodule=data)
+        run.save_checkpoint(tmp_path / "saved.ckpt")
+        run.test(module, datamodule=data, ckpt_path=tmp_path / "saved.ckpt", verbose=False)
+    assert modules[0].seen == modules[1].seen
 
 
 def test_overfitting_repeats_the_same_batches(tsv, tmp_path):
