@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tricks.functional.low_rank_linear import compute_dtype, read_weight, refuse_second_derivative
+from lightning_tricks.functional.low_rank_linear import (
+    affine,
+    compute_dtype,
+    narrowed,
+    read_weight,
+    refuse_second_derivative,
+    updated_weight,
+    weight_is_cheaper,
+)
 from lightning_tricks.functional.packed_weight import Packing
 
 __all__ = ["dora_linear", "low_rank_row_norms"]
@@ -119,14 +127,14 @@ class _DoRALinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             lengths = _not_zero(magnitude)
             factor = lengths / low_rank_row_norms(matrix.t(), down, up, scale).clamp_min(_SMALLEST_NORM)
-        narrow = small_down.mm(x.t())
-        if compute == torch.float32 and x.shape[1] < x.shape[0]:
-            # One pass over the weight, and none over the outputs.
-            out = x.mm(torch.addmm(matrix, small_down.t(), small_up, alpha=scale).mul_(factor))
+        narrow = narrowed(x, small_down)
+        if weight_is_cheaper(x, compute):
+            updated = updated_weight(cast, small_down, small_up, scale, transposed=transposed)
+            out = affine(x, (updated if transposed else updated.t()).mul_(factor), bias)
         else:
-            out = x.mm(matrix).addmm_(narrow.t(), small_up, alpha=scale).mul_(factor.to(compute))
-        if bias is not None:
-            out.add_(bias.to(compute))
+            out = x.mm(matrix).addmm_(narrow, small_up, alpha=scale).mul_(factor.to(compute))
+            if bias is not None:
+                out.add_(bias.to(compute))
         ctx.save_for_backward(x, cast if packing is None else weight, bias, down, up, magnitude, factor, narrow)
         ctx.scale, ctx.transposed, ctx.weight_dtype = scale, transposed, weight.dtype
         ctx.compute, ctx.packing = compute, packing
@@ -144,7 +152,7 @@ class _DoRALinear(torch.autograd.Function):
             cast = read_weight(weight, ctx.packing, ctx.compute)
             matrix = cast.t() if ctx.transposed else cast
             small_down, small_up = down.to(grad.dtype), (up * (factor * ctx.scale)).to(grad.dtype)
-            narrow_grad = small_up.mm(grad.t())
+            narrow_grad = narrowed(grad, small_up)
             grad_bias = grad.sum(0, dtype=_exact(grad)) if bias is not None else None
             grad_magnitude = _magnitude_gradient(ctx, grad, grad_bias, matrix)
             grad_x = grad_weight = None
@@ -152,12 +160,12 @@ class _DoRALinear(torch.autograd.Function):
                 scaled = factor.to(grad.dtype)
                 wide = x.shape[1] >= x.shape[0]
                 grad_x = (grad * scaled).mm(matrix) if wide else grad.mm(matrix * scaled[:, None])
-                grad_x.addmm_(narrow_grad.t(), small_down)
+                grad_x.addmm_(narrow_grad, small_down)
             if ctx.needs_input_grad[1]:
                 full = (grad * factor.to(grad.dtype)).t().mm(x)
                 grad_weight = (full.t() if ctx.transposed else full).to(ctx.weight_dtype)
-            grad_down = narrow_grad.mm(x).to(down.dtype)
-            grad_up = (narrow.mm(grad).to(_exact(grad)) * (factor * ctx.scale)).to(up.dtype)
+            grad_down = narrow_grad.t().mm(x).to(down.dtype)
+            grad_up = (narrow.t().mm(grad).to(_exact(grad)) * (factor * ctx.scale)).to(up.dtype)
             if bias is not None and grad_bias is not None:
                 grad_bias = grad_bias.to(bias.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, grad_down, grad_up, grad_magnitude, None, None, None, None
@@ -173,7 +181,7 @@ def _magnitude_gradient(ctx: Any, grad: Tensor, grad_bias: Tensor | None, matrix
             total = total - grad_bias * bias
     else:
         out = x.mm(matrix.t())
-        out = out.addmm(narrow.t(), up.to(out.dtype), alpha=ctx.scale)
+        out = out.addmm(narrow, up.to(out.dtype), alpha=ctx.scale)
         total = _sum_of_products(grad, out) * factor
     return (total / lengths).to(magnitude.dtype)
 

@@ -1,12 +1,12 @@
 """A matrix of weights in few bits, as the bytes of one tensor."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_tricks.errors import MissingDependencyError
 from lightning_tricks.functional.quantization import NF4, dequantize_int8, quantize_int8, quantize_nf4
 
 __all__ = ["Packing", "PackingKind", "pack_weight"]
@@ -14,7 +14,7 @@ __all__ = ["Packing", "PackingKind", "pack_weight"]
 PackingKind = Literal["nf4", "int8", "bf16"]
 
 _BLOCK = 64  # elements of NF4 that share a scale
-_OUTER = 256  # scales that share one
+_HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,9 @@ class Packing:
         """The matrix, each value rounded once to `dtype`: a new tensor, but from bf16 to bf16.
 
         Args:
-            packed: what `pack_weight` gave, on any device. NF4 on a CUDA device is unpacked by bitsandbytes.
+            packed: what `pack_weight` gave, on any device. NF4 on a CUDA device is unpacked by bitsandbytes if that is
+                installed, whose kernel is quicker there.
             dtype: of the result.
-
-        Raises:
-            MissingDependencyError: for NF4 on a CUDA device without bitsandbytes.
 
         Example:
             >>> import torch
@@ -58,7 +56,7 @@ class Packing:
             codes = packed[: self.elements].view(torch.int8).view(self.shape)
             return dequantize_int8(codes, _view(packed[self.elements :], torch.float32)[:, None]).to(dtype)
         rounded = self._nf4(packed)
-        return by_bitsandbytes(rounded, dtype) if packed.is_cuda else rounded.dequantize(dtype)
+        return by_bitsandbytes(rounded, dtype) if packed.is_cuda and _HAS_BITSANDBYTES else rounded.dequantize(dtype)
 
     def _nf4(self, packed: Tensor) -> NF4:
         blocks = -(-self.elements // _BLOCK)
@@ -112,18 +110,9 @@ def _view(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def by_bitsandbytes(rounded: NF4, dtype: torch.dtype) -> Tensor:
-    """The same values, by the kernel of bitsandbytes: the codes lie as it lays them.
+    """The same values, by the kernel of bitsandbytes: the codes lie as it lays them."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    Raises:
-        MissingDependencyError: if it is not installed.
-    """
-    try:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-    except ImportError as error:
-        raise MissingDependencyError(
-            "an NF4 base on a CUDA device needs bitsandbytes: pip install 'bitsandbytes>=0.45'. Without it, keep the "
-            "base in 'int8' or 'bf16'."
-        ) from error
     state = QuantState(
         absmax=rounded.block_scales(),
         shape=torch.Size(rounded.shape),

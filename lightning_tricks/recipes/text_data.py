@@ -15,7 +15,8 @@ from lightning_tricks.data.split import Split, stratified_split
 from lightning_tricks.data.texts import read_texts
 from lightning_tricks.data.tokens import TokenDataset, TokenizedTexts, load_tokenizer, tokenize
 from lightning_tricks.data.train_position import TrainPosition
-from lightning_tricks.errors import MisconfigurationError
+from lightning_tricks.engines import gather_over_ranks
+from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.recipes._encoders import encoder_source
 
 __all__ = ["TextClassificationData"]
@@ -115,9 +116,15 @@ class TextClassificationData(L.LightningDataModule):
         tokenize(self._all_texts, self.tokenizer, max_length=self.max_length)
 
     def setup(self, stage: str) -> None:
-        """Load the tokens, in every process."""
+        """Load the tokens, in every process.
+
+        Raises:
+            DataError: if the processes have files of other texts: lengths, classes, or the first or last tokens differ.
+        """
         self._position.begin(stage)
         self._tokens = tokenize(self._all_texts, self.tokenizer, max_length=self.max_length)
+        labels = None if stage == "predict" else self._indices
+        _refuse_other_files(self.path, TokenDataset(self._tokens, np.arange(len(self._tokens)), labels))
 
     def train_dataloader(self) -> TricksDataLoader:
         """Training texts, in a new order every epoch, unless `overfit_batches` repeats the same few."""
@@ -195,3 +202,14 @@ class TextClassificationData(L.LightningDataModule):
         split = split if self.fold is None else fold_split(split, self._classes, self.fold, seed=self.seed)
         made = np.flatnonzero(np.isin(self._added.sources, split.train)) + len(self._classes)
         return split._replace(train=np.concatenate([split.train, made]))
+
+
+def _refuse_other_files(path: str, here: TokenDataset) -> None:
+    """Each node may have a copy of its own: ranks would wait for each other's batches for ever."""
+    found = gather_over_ranks((len(here), here.fingerprint()))
+    for rank, one in enumerate(found):
+        if one != found[0]:
+            raise DataError(
+                f"Rank {rank} reads another `{path}` than rank 0: {one[0]} texts of checksum {one[1]}, on rank 0"
+                f" {found[0][0]} of checksum {found[0][1]}. Give every node the same file."
+            )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_tricks.errors import CheckpointError, MisconfigurationError, MissingDependencyError, UnsupportedError
+from lightning_tricks.errors import CheckpointError, MisconfigurationError, UnsupportedError
 from lightning_tricks.functional import fingerprint, pack_weight, packed_linear, quantize_int8, quantize_nf4
 from lightning_tricks.functional.packed_weight import by_bitsandbytes
 from lightning_tricks.layers import PackedLinear
@@ -512,7 +512,17 @@ def test_the_mixin_of_lora_takes_it_too():
     assert model.net["query"].original == fingerprint(model.weight)
 
 
-def test_four_bits_on_cuda_ask_for_bitsandbytes(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'bitsandbytes>=0\.45'"):
-        by_bitsandbytes(quantize_nf4(torch.randn(64)), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitsandbytes_unpacks_the_same_values(dtype):
+    pytest.importorskip("bitsandbytes", reason="not run: needs bitsandbytes (pip install --no-deps bitsandbytes)")
+    rounded = quantize_nf4(torch.randn(96, 200))
+    own = rounded.dequantize(dtype)
+    assert (by_bitsandbytes(rounded, dtype) - own).abs().max() <= torch.finfo(dtype).eps * own.abs().max()
+
+
+def test_unpacking_stays_on_the_device_of_the_bytes():
+    weight = torch.randn(64, 128)
+    for kind in ("nf4", "int8", "bf16"):
+        packed, packing = pack_weight(weight, kind)
+        found = packing.unpack(packed.to("meta"), torch.bfloat16)
+        assert (found.device.type, found.dtype, found.shape) == ("meta", torch.bfloat16, weight.shape)

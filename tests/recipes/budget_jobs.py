@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.data._plan import Plan
+from lightning_tricks.errors import DataError
 from lightning_tricks.recipes import TextClassificationData, TextClassifier
 from tests.trainers import quiet_trainer
 
@@ -108,3 +109,16 @@ def fit(
         trained = {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
         torch.save(trained, f"{folder}/weights.pt")
     return {"sizes": module.sizes, "steps": trainer.global_step}
+
+
+def fit_own_files(paths: list[str], encoder: str, folder: str) -> str:
+    """Start a fit in which each rank has a file of its own; why it was refused."""
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+    path = paths[int(os.environ["RANK"])]
+    data = Texts(path, text="remark", label="mood", max_length=16, max_tokens=BUDGET)
+    trainer = quiet_trainer(folder, max_epochs=1, devices=len(paths), strategy="ddp")
+    try:
+        trainer.fit(Seen(data.labels, class_counts=data.class_counts, name=encoder), datamodule=data)
+    except DataError as error:
+        return str(error)
+    return ""

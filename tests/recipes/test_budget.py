@@ -1,6 +1,7 @@
 """The recipe by a token budget: on two ranks and with accumulation it trains as on one device with one batch a step."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,9 @@ def fit(still_bert, tmp_path_factory):
         told = groups[world].call(job, path=str(path), encoder=still_bert, folder=str(folder), **options)
         return told, torch.load(folder / "weights.pt", weights_only=True)
 
+    call.refused = lambda paths: groups[2].call(
+        "tests.recipes.budget_jobs:fit_own_files", paths=paths, encoder=still_bert, folder=str(folder)
+    )
     yield call
     for group in groups.values():
         group.close()
@@ -59,3 +63,13 @@ def test_as_one_batch_for_each_step(fit, tsv, world, window):
     # A mean of each batch's mean is another loss, and these data tell them apart.
     _, naive = fit(world, tsv, window=window, torchs=True)
     assert distance(naive, wanted) > 1e-2
+
+
+@pytest.mark.parametrize("change", ["a row less", "another class"])
+def test_ranks_with_other_files_are_refused_on_all(fit, tsv, tmp_path, change):
+    other = tmp_path / "other.tsv"
+    lines = tsv.read_text().splitlines()
+    lines = lines[:-1] if change == "a row less" else [*lines[:-1], lines[-1].replace("rare\t", "calm\t", 1)]
+    other.write_text("\n".join(lines) + "\n")
+    for told in fit.refused([str(tsv), str(other)]):
+        assert re.search(rf"^Rank 1 reads another `.*` than rank 0: {len(lines) - 1} texts .* on rank 0 60 of", told)
