@@ -1,15 +1,14 @@
 """What every row trains: a small transformer that classifies token sequences, and the sequences."""
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lightning_tricks.data import TricksDataLoader
-from lightning_tricks.data._order import PlainOrder
 from lightning_tricks.engines import engine_of
+from tests.orders import kept_shuffle
 
 VOCABULARY = 24
 WIDTH = 18
@@ -46,19 +45,10 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), torch.stack(labels)
 
 
-class Order(PlainOrder):
-    """The shuffle with which the rows' checks and tolerances were chosen; the loader's own is another."""
-
-    def indices(self) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.samples)
-        return np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
-
-
 def loader(samples: int, seed: int, *, shuffle: bool = True, world: int = 1) -> TricksDataLoader:
     """The same global batches for any number of ranks: each rank's batch is its share of them."""
-    order = Order(samples, batch_size=GLOBAL_BATCH // world, shuffle=shuffle, seed=0)
-    return TricksDataLoader(Sequences(samples, seed), sampler=order, collate_fn=collate)
+    data, size = Sequences(samples, seed), GLOBAL_BATCH // world
+    return kept_shuffle(data, batch_size=size, shuffle=shuffle, seed=0, collate_fn=collate)
 
 
 class Block(nn.Module):

@@ -45,6 +45,7 @@ def fit(folder, name, limit, world, resume=None, workers=0):
     import torch
 
     from lightning_tricks.data import TricksDataLoader
+    from tests.rank_process import start_method
     from tests.trainers import quiet_trainer
 
     class Spy(L.LightningModule):
@@ -65,10 +66,8 @@ def fit(folder, name, limit, world, resume=None, workers=0):
                 trainer.save_checkpoint(folder / f"{name}-{world}.ckpt")
 
     sampler, data = order_of(name, limit), torch.arange(SAMPLES)
-    if sampler is None:
-        loader = TricksDataLoader(data, batch_size=limit, shuffle=True, seed=1, num_workers=workers)
-    else:
-        loader = TricksDataLoader(data, sampler=sampler, num_workers=workers)
+    order = {"batch_size": limit, "shuffle": True, "seed": 1} if sampler is None else {"sampler": sampler}
+    loader = TricksDataLoader(data, num_workers=workers, multiprocessing_context=start_method(workers), **order)
     module = Spy()
     run = quiet_trainer(
         folder, [Save()], devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=EPOCHS, limit_val_batches=0
@@ -141,4 +140,7 @@ def test_an_epoch_goes_on_on_other_ranks(runs, name, before, after):
 
 
 if __name__ == "__main__":
+    from tests.rank_process import leave
+
     two_ranks(Path(sys.argv[1]))
+    leave()

@@ -364,4 +364,7 @@ def two_ranks(folder):
 
 
 if __name__ == "__main__":
+    from tests.rank_process import leave
+
     two_ranks(sys.argv[1])
+    leave()

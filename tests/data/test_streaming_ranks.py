@@ -63,6 +63,7 @@ def work(folder):
         TricksDataLoader,
         measure_lengths,
     )
+    from tests.rank_process import start_method
     from tests.trainers import quiet_trainer
 
     class Spy(L.LightningModule):
@@ -90,7 +91,11 @@ def work(folder):
         lengths = measure_lengths(source, length="input_ids")
         sampler = StreamingSampler(source, lengths, window=3, buffer=30, **options)
         return TricksDataLoader(
-            source, sampler=sampler, num_workers=workers, collate_fn=DynamicPaddingCollator(pad_to=1)
+            source,
+            sampler=sampler,
+            num_workers=workers,
+            multiprocessing_context=start_method(workers),
+            collate_fn=DynamicPaddingCollator(pad_to=1),
         )
 
     def fit(name, callbacks=(), workers=0, resume=None):
@@ -120,4 +125,7 @@ OPTIONS = {"fixed": {"batch_size": 6}, "budget": {"max_tokens": 40}}
 
 
 if __name__ == "__main__":
+    from tests.rank_process import leave
+
     work(Path(sys.argv[1]))
+    leave()

@@ -15,6 +15,7 @@ from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import engine_of, ranks, read_checkpoint, whole
 from lightning_tricks.errors import CheckpointError, MisconfigurationError, UnsupportedError
 from lightning_tricks.storage import WeightsFile
+from tests.orders import kept_shuffle
 
 BATCH = 8  # samples of a global batch
 ONLY = {
@@ -153,7 +154,7 @@ def loader(batches: int) -> TricksDataLoader:
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(batches * BATCH, 6, generator=generator)
     targets = (inputs @ torch.randn(6, 3, generator=generator)).argmax(-1)
-    return TricksDataLoader(TensorDataset(inputs, targets), batch_size=BATCH // ranks()[1], shuffle=True, seed=5)
+    return kept_shuffle(TensorDataset(inputs, targets), batch_size=BATCH // ranks()[1], seed=5)
 
 
 class Probe(L.Callback):

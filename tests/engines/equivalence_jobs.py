@@ -21,6 +21,7 @@ from lightning_tricks.engines import ZeroStrategy, engine_of, ranks
 from lightning_tricks.strategies import PRESETS
 from tests.conformance.engines import ELSEWHERE
 from tests.conformance.model import Encoder
+from tests.orders import kept_shuffle
 
 ENGINES = tuple(flag for flag in PRESETS if flag not in ELSEWHERE)
 WORDS, WIDTH, LENGTH = 24, 18, 6
@@ -55,7 +56,7 @@ class Task(L.LightningModule):
 
     def train_dataloader(self) -> TricksDataLoader:
         data = TensorDataset(*self.data(BATCH * STEPS, torch.Generator().manual_seed(3)))
-        return TricksDataLoader(data, batch_size=BATCH // ranks()[1], shuffle=True, seed=5)
+        return kept_shuffle(data, batch_size=BATCH // ranks()[1], seed=5)
 
 
 class Transformer(Task):

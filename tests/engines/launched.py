@@ -10,6 +10,7 @@ import torch
 
 from tests.engines.checks import Net, Probe, Run, fit, float_weights
 from tests.engines.option_jobs import prepare
+from tests.rank_process import leave
 
 
 def main(devices: str, nodes: str, out: str, flags: list[str]) -> None:
@@ -22,6 +23,8 @@ def main(devices: str, nodes: str, out: str, flags: list[str]) -> None:
         if trainer.is_global_zero:
             facts = {"ranks": trainer.world_size, "copies": getattr(trainer.strategy, "_replicas", 1)}
             torch.save({"weights": weights, "norms": probe.norms, **facts}, Path(out) / f"{flag}.pt")
+    del trainer
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_tricks.callbacks import GradientClipping
-from lightning_tricks.data import TricksDataLoader
 from lightning_tricks.engines import ranks
 from lightning_tricks.errors import MisconfigurationError
 from tests.engines.checks import BATCH, Net, Run, float_weights, fp16_options, loader
 from tests.engines.option_jobs import prepare, strategy_of
+from tests.orders import kept_shuffle
 
 __all__ = ["prepare"]
 
@@ -38,7 +38,7 @@ class Large(Net):
     """The batches of four, as one."""
 
     def train_dataloader(self):
-        return TricksDataLoader(loader(self.batches).dataset, batch_size=4 * BATCH // ranks()[1], shuffle=True, seed=5)
+        return kept_shuffle(loader(self.batches).dataset, batch_size=4 * BATCH // ranks()[1], seed=5)
 
 
 def four_are_one(engine: str, folder: str) -> None:

@@ -338,5 +338,7 @@ def train(strategy, devices, encoder, path, out):
 
 if __name__ == "__main__":
     import lightning_tricks  # noqa: F401  (registers the flags)
+    from tests.rank_process import leave
 
     train(*sys.argv[1:])
+    leave()
