@@ -24,5 +24,5 @@ def kept_shuffle(dataset: Dataset, *, batch_size: int, seed: int, shuffle: bool 
 class _Kept(PlainOrder):
     def indices(self) -> np.ndarray:
         if not self.shuffle:
-            return np.arange(self.samples)
+            return super().indices()
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)

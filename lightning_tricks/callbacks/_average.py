@@ -34,6 +34,7 @@ class Average:
         with torch.no_grad():
             shards = list(engine.named_shards())
             self._names = [shard.name for shard in shards]
+            # With `offload` a step waits for this copy: it is what saves the device's memory.
             weights = [shard.values.cpu() if self._offload else shard.values for shard in shards]
             self._policy.update(self._copies, weights, self.updates)
         self.updates += 1

@@ -55,6 +55,7 @@ class AdaptedLayer(nn.Module):
         self.active = {name: 1.0}
 
     def _create(self, name: str, options: Any) -> None:
+        """Register the adapter's parameters. Each kind of layer has its own."""
         raise NotImplementedError
 
     def own(self, kind: str, name: str) -> Any:

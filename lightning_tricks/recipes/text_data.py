@@ -15,7 +15,7 @@ from lightning_tricks.data.split import Split, stratified_split
 from lightning_tricks.data.texts import read_texts
 from lightning_tricks.data.tokens import TokenDataset, TokenizedTexts, load_tokenizer, tokenize
 from lightning_tricks.data.train_position import TrainPosition
-from lightning_tricks.engines import gather_over_ranks
+from lightning_tricks.engines import gather_over_ranks, ranks
 from lightning_tricks.errors import DataError, MisconfigurationError
 from lightning_tricks.recipes._encoders import encoder_source
 
@@ -123,8 +123,9 @@ class TextClassificationData(L.LightningDataModule):
         """
         self._position.begin(stage)
         self._tokens = tokenize(self._all_texts, self.tokenizer, max_length=self.max_length)
-        labels = None if stage == "predict" else self._indices
-        _refuse_other_files(self.path, TokenDataset(self._tokens, np.arange(len(self._tokens)), labels))
+        if ranks()[1] > 1:
+            labels = None if stage == "predict" else self._indices
+            _refuse_other_files(self.path, TokenDataset(self._tokens, np.arange(len(self._tokens)), labels))
 
     def train_dataloader(self) -> TricksDataLoader:
         """Training texts, in a new order every epoch, unless `overfit_batches` repeats the same few."""
