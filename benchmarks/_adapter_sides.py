@@ -55,6 +55,7 @@ PARTS = {
     "q, v": {"LoRA q, v fp32 (nothing to win)": Row("minilm", ("query", "value"), LoRA, 0.0, "fp32")},
     "dora": {
         "DoRA all-linear fp32": Row("minilm", ALL, DoRA, 0.0, "fp32", 1.2, 1.22),
+        "DoRA all-linear fp32, dropout 0.1": Row("minilm", ALL, DoRA, 0.1, "fp32"),
         "DoRA all-linear, autocast": Row("minilm", ALL, DoRA, 0.0, "autocast", 1.4),
     },
     "nf4": {

@@ -14,7 +14,7 @@ from lightning_tricks.functional.class_weights import (
     inverse_square_root_weights,
 )
 from lightning_tricks.functional.cosine_restarts import cosine_restarts, cycle_ends
-from lightning_tricks.functional.dora_linear import dora_linear, low_rank_row_norms
+from lightning_tricks.functional.dora_linear import dora_linear
 from lightning_tricks.functional.fingerprint import fingerprint, same_fingerprint
 from lightning_tricks.functional.gradient_clipping import clip_coefficient, unit_coefficients
 from lightning_tricks.functional.greedy_selection import Selection, greedy_selection
@@ -42,6 +42,7 @@ from lightning_tricks.functional.quantization import (
     quantize_nf4,
 )
 from lightning_tricks.functional.robust import robust_zscore
+from lightning_tricks.functional.row_norms import low_rank_row_norms
 from lightning_tricks.functional.scores import infer_mode, is_improvement, rank_scores
 from lightning_tricks.functional.weighted_mean import weighted_mean
 

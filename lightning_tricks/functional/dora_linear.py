@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tricks.functional.dropout_masks import draw_mask
+from lightning_tricks.functional.dropped_dora import dropped_dora
 from lightning_tricks.functional.low_rank_linear import (
     affine,
     compute_dtype,
@@ -15,42 +17,15 @@ from lightning_tricks.functional.low_rank_linear import (
     weight_is_cheaper,
 )
 from lightning_tricks.functional.packed_weight import Packing
+from lightning_tricks.functional.row_norms import (
+    column_sums,
+    exact_dtype,
+    low_rank_row_norms,
+    not_zero,
+    row_factor,
+)
 
-__all__ = ["dora_linear", "low_rank_row_norms"]
-
-_BLOCK = 256  # rows of a sum of products taken at a time, so that the products need no large temporary
-_SMALLEST_LENGTH = 1e-20
-_SMALLEST_NORM = 1e-12
-
-
-def low_rank_row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """The 2-norm of each row of `weight + scale * up.T @ down`, in fp32 or wider, without making that matrix.
-
-    Expanded: `|w|^2 + 2 s (A w) . b + s^2 b' (A A') b` for a row `w` of the weight and its column `b` of `up`.
-
-    Args:
-        weight: of shape (out_features, in_features).
-        down: of shape (rank, in_features).
-        up: of shape (rank, out_features).
-        scale: of the update.
-
-    Returns:
-        A tensor of shape (out_features,).
-
-    Example:
-        >>> import torch
-        >>> from lightning_tricks.functional import low_rank_row_norms
-        >>> low_rank_row_norms(torch.eye(2), torch.ones(1, 2), torch.tensor([[0.0, 2.0]]), scale=1.0)
-        tensor([1.0000, 3.6056])
-    """
-    exact = _exact(weight)
-    small, wide = down.to(exact), up.to(exact)
-    cross = down.to(weight.dtype).mm(weight.t()).to(exact)
-    squares = torch.linalg.vector_norm(weight, dim=1, dtype=exact).square()
-    squares = squares + (2 * scale) * (cross * wide).sum(0)
-    squares = squares + scale**2 * (small.mm(small.t()).mm(wide) * wide).sum(0)
-    norms: Tensor = squares.clamp_min(0).sqrt()
-    return norms
+__all__ = ["dora_linear"]
 
 
 def dora_linear(
@@ -62,6 +37,7 @@ def dora_linear(
     magnitude: Tensor,
     scale: float,
     *,
+    dropout: float = 0.0,
     transposed: bool = False,
     packing: Packing | None = None,
 ) -> Tensor:
@@ -77,6 +53,7 @@ def dora_linear(
         up: of shape (rank, out_features).
         magnitude: the rows' lengths, of shape (out_features,).
         scale: `alpha / rank`.
+        dropout: probability of dropping an input of what differs from the plain layer, as in `low_rank_linear`.
         transposed: whether `weight` has the shape (in_features, out_features), as in GPT-2.
         packing: of a weight in few bits, as in `low_rank_linear`.
 
@@ -98,9 +75,13 @@ def dora_linear(
     """
     compute = compute_dtype(x, weight if packing is None else x)
     rows = x.reshape(-1, x.shape[-1]).to(compute)
-    out: Tensor = _DoRALinear.apply(  # type: ignore[no-untyped-call]
-        rows, weight, bias, down, up, magnitude, scale, transposed, compute, packing
-    )
+    mask, larger = draw_mask(rows, dropout)
+    if mask is None:
+        out: Tensor = _DoRALinear.apply(  # type: ignore[no-untyped-call]
+            rows, weight, bias, down, up, magnitude, scale, transposed, compute, packing
+        )
+    else:
+        out = dropped_dora(rows, weight, bias, down, up, magnitude, mask, larger, scale, transposed, packing)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -124,14 +105,16 @@ class _DoRALinear(torch.autograd.Function):
         cast = read_weight(weight, packing, compute)
         matrix = cast if transposed else cast.t()
         small_down, small_up = down.to(compute), up.to(compute)
-        with torch.autocast(x.device.type, enabled=False):
-            lengths = _not_zero(magnitude)
-            factor = lengths / low_rank_row_norms(matrix.t(), down, up, scale).clamp_min(_SMALLEST_NORM)
         narrow = narrowed(x, small_down)
         if weight_is_cheaper(x, compute):
-            updated = updated_weight(cast, small_down, small_up, scale, transposed=transposed)
-            out = affine(x, (updated if transposed else updated.t()).mul_(factor), bias)
+            own = packing is not None
+            updated = updated_weight(cast, small_down, small_up, scale, transposed=transposed, own=own)
+            updated = updated if transposed else updated.t()
+            factor = row_factor(magnitude, torch.linalg.vector_norm(updated, dim=0))
+            out = affine(x, updated.mul_(factor), bias)
         else:
+            with torch.autocast(x.device.type, enabled=False):
+                factor = row_factor(magnitude, low_rank_row_norms(matrix.t(), down, up, scale))
             out = x.mm(matrix).addmm_(narrow, small_up, alpha=scale).mul_(factor.to(compute))
             if bias is not None:
                 out.add_(bias.to(compute))
@@ -146,15 +129,14 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("DoRA")
-        x, weight, bias, down, up, _, factor, narrow = ctx.saved_tensors
+        x, weight, _, down, up, _, factor, narrow = ctx.saved_tensors
         grad = grads[0].to(ctx.compute)
         with torch.autocast(grad.device.type, enabled=False):
             cast = read_weight(weight, ctx.packing, ctx.compute)
             matrix = cast.t() if ctx.transposed else cast
             small_down, small_up = down.to(grad.dtype), (up * (factor * ctx.scale)).to(grad.dtype)
             narrow_grad = narrowed(grad, small_up)
-            grad_bias = grad.sum(0, dtype=_exact(grad)) if bias is not None else None
-            grad_magnitude = _magnitude_gradient(ctx, grad, grad_bias, matrix)
+            grad_magnitude, grad_bias = _vector_gradients(ctx, grad, matrix)
             grad_x = grad_weight = None
             if ctx.needs_input_grad[0]:
                 scaled = factor.to(grad.dtype)
@@ -165,46 +147,20 @@ class _DoRALinear(torch.autograd.Function):
                 full = (grad * factor.to(grad.dtype)).t().mm(x)
                 grad_weight = (full.t() if ctx.transposed else full).to(ctx.weight_dtype)
             grad_down = narrow_grad.t().mm(x).to(down.dtype)
-            grad_up = (narrow.t().mm(grad).to(_exact(grad)) * (factor * ctx.scale)).to(up.dtype)
-            if bias is not None and grad_bias is not None:
-                grad_bias = grad_bias.to(bias.dtype) if ctx.needs_input_grad[2] else None
+            grad_up = (narrow.t().mm(grad).to(exact_dtype(grad)) * (factor * ctx.scale)).to(up.dtype)
         return grad_x, grad_weight, grad_bias, grad_down, grad_up, grad_magnitude, None, None, None, None
 
 
-def _magnitude_gradient(ctx: Any, grad: Tensor, grad_bias: Tensor | None, matrix: Tensor) -> Tensor:
-    """The sum over the batch of gradient times direction, which is (output - bias) / magnitude."""
+def _vector_gradients(ctx: Any, grad: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of the magnitude, by the direction, which is (output - bias) / magnitude, and of the bias, if it is trained."""
     x, _, bias, _, up, magnitude, factor, narrow = ctx.saved_tensors
-    lengths = _not_zero(magnitude)
     if ctx.remembered is not None and ctx.remembered[0]._version == ctx.remembered[1]:
-        total = _sum_of_products(grad, ctx.remembered[0])
-        if bias is not None and grad_bias is not None:
-            total = total - grad_bias * bias
+        total, plain = column_sums(grad, ctx.remembered[0], plain=bias is not None)
+        if plain is not None:
+            total = total - plain * bias
     else:
-        out = x.mm(matrix.t())
-        out = out.addmm(narrow, up.to(out.dtype), alpha=ctx.scale)
-        total = _sum_of_products(grad, out) * factor
-    return (total / lengths).to(magnitude.dtype)
-
-
-def _sum_of_products(first: Tensor, second: Tensor) -> Tensor:
-    """`(first * second).sum(0)` in fp32 or wider, without the product, which would be as large as the activations."""
-    exact = _exact(first)
-    if torch.compiler.is_compiling() or first.device.type != "cpu":
-        return (first * second).sum(0, dtype=exact)
-    total = torch.zeros(first.shape[1], dtype=exact)
-    products = torch.empty(_BLOCK, first.shape[1], dtype=first.dtype)
-    for start in range(0, first.shape[0], _BLOCK):
-        one, two = first[start : start + _BLOCK], second[start : start + _BLOCK]
-        total += torch.mul(one, two, out=products[: one.shape[0]]).sum(0, dtype=exact)
-    return total
-
-
-def _not_zero(magnitude: Tensor) -> Tensor:
-    """A row of zeros has the length 0, by which its gradient cannot be divided."""
-    lengths = magnitude.to(_exact(magnitude))
-    return torch.where(lengths.abs() < _SMALLEST_LENGTH, _SMALLEST_LENGTH, lengths)
-
-
-def _exact(tensor: Tensor) -> torch.dtype:
-    """What sums over a tensor are taken in."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+        out = x.mm(matrix.t()).addmm_(narrow, up.to(x.dtype), alpha=ctx.scale)
+        total, plain = column_sums(grad, out, plain=ctx.needs_input_grad[2])
+        total = total * factor
+    grad_bias = plain.to(bias.dtype) if plain is not None and ctx.needs_input_grad[2] else None
+    return (total / not_zero(magnitude)).to(magnitude.dtype), grad_bias

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lightning_tricks.errors import UnsupportedError
+from lightning_tricks.functional.dropout_masks import draw_mask, masked_gradient, masked_narrow
 from lightning_tricks.functional.packed_weight import Packing
 
 __all__ = ["low_rank_linear"]
 
 _CACHED = 1 << 19  # elements of fp32 that the cache of one core holds
-_RANDOM_VALUES = 256  # of a byte: what the probability of dropout is rounded to
 
 
 def low_rank_linear(
@@ -58,11 +58,8 @@ def low_rank_linear(
     """
     compute = compute_dtype(x, weight if packing is None else x)
     rows = x.reshape(-1, x.shape[-1]).to(compute)  # outside the function: what follows may change the result in place
-    mask = None
-    if dropped := round(dropout * _RANDOM_VALUES):
-        dropped = min(dropped, _RANDOM_VALUES - 1)
-        mask = _keep_mask(rows, dropped)
-        scale = scale * _RANDOM_VALUES / (_RANDOM_VALUES - dropped)
+    mask, larger = draw_mask(rows, dropout)
+    scale = scale * larger
     if not torch.compiler.is_compiling() and any(map(_is_transformed, (rows, weight, down, up))):
         # `torch.func` has no rule for a backward pass written by hand, and takes no operation in place here.
         kept, matrix = rows if mask is None else rows * mask, read_weight(weight, packing, compute)
@@ -108,12 +105,6 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
-def _keep_mask(rows: Tensor, dropped: int) -> Tensor:
-    """Which elements stay, from one draw of 64-bit numbers that gives eight masks each."""
-    words = torch.randint(-(2**63), 2**63 - 1, ((rows.numel() + 7) // 8,), dtype=torch.int64, device=rows.device)
-    return (words.view(torch.uint8)[: rows.numel()] >= dropped).view(rows.shape)
-
-
 class _LowRankLinear(torch.autograd.Function):
     """Of two-dimensional inputs. Saves inputs, never its output, which may be overwritten."""
 
@@ -139,7 +130,7 @@ class _LowRankLinear(torch.autograd.Function):
             out = affine(x, matrix if transposed else matrix.t(), bias)
         else:
             out = affine(x, cast if transposed else cast.t(), bias)
-            narrow = narrowed(x if mask is None else x * mask, small_down)
+            narrow = narrowed(x, small_down) if mask is None else masked_narrow(x, mask, small_down)
             out.addmm_(narrow, small_up, alpha=scale)
         ctx.save_for_backward(x, cast if packing is None else weight, down, up, mask, narrow)
         ctx.scale, ctx.transposed, ctx.compute, ctx.packing = scale, transposed, compute, packing
@@ -152,17 +143,18 @@ class _LowRankLinear(torch.autograd.Function):
         x, weight, down, up, mask, narrow = ctx.saved_tensors
         grad = grads[0].to(ctx.compute)
         with torch.autocast(grad.device.type, enabled=False):
-            kept = x if mask is None else x * mask
             small_down, small_up = down.to(ctx.compute), up.to(ctx.compute)
             narrow_grad = narrowed(grad, small_up).mul_(ctx.scale)
             grad_x = grad_weight = grad_bias = None
             if ctx.needs_input_grad[0]:
                 matrix = read_weight(weight, ctx.packing, ctx.compute)
                 grad_x = grad.mm(matrix.t() if ctx.transposed else matrix)
-                if mask is None:
+            if mask is None:
+                grad_down = narrow_grad.t().mm(x)
+                if grad_x is not None:
                     grad_x.addmm_(narrow_grad, small_down)
-                else:
-                    grad_x.addcmul_(narrow_grad.mm(small_down), mask)
+            else:
+                grad_down = masked_gradient(x, mask, narrow_grad, small_down, grad_x)
             if ctx.needs_input_grad[1]:
                 full = x.t().mm(grad) if ctx.transposed else grad.t().mm(x)
                 grad_weight = full.to(ctx.dtypes[0])
@@ -170,9 +162,8 @@ class _LowRankLinear(torch.autograd.Function):
                 grad_bias = grad.sum(0).to(ctx.dtypes[1])
             if narrow is None:
                 narrow = narrowed(x, small_down)
-            grad_down = narrow_grad.t().mm(kept).to(down.dtype)
             grad_up = narrow.t().mm(grad).mul_(ctx.scale).to(up.dtype)
-        return grad_x, grad_weight, grad_bias, grad_down, grad_up, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_down.to(down.dtype), grad_up, None, None, None, None, None
 
 
 def weight_is_cheaper(rows: Tensor, compute: torch.dtype) -> bool:

@@ -4,7 +4,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from lightning_tricks.functional import dora_linear, low_rank_linear, low_rank_update, packed_linear
+from lightning_tricks.functional import dora_linear, low_rank_linear, low_rank_update
 from lightning_tricks.layers.low_rank import LowRank, LowRankLayer
 
 __all__ = ["LoRALinear"]
@@ -118,10 +118,13 @@ def adapted(layer: LoRALinear, x: Tensor) -> Tensor:
     """The output with the active adapters: the first, and often only, one comes with the base as one operation."""
     (name, share), *others = layer.active.items()
     (down, up), options = layer.factors(name), layer.adapters[name]
-    if options.decomposed:
-        return _decomposed(layer, x, name, down, up)
     scale, dropout = share * options.scale, layer.dropout_of(name)
     transposed, packing = layer.transposed, layer.packing
+    if options.decomposed:
+        lengths = layer.own("lora_magnitude", name)
+        return dora_linear(
+            x, layer.kept, layer.bias, down, up, lengths, scale, dropout=dropout, transposed=transposed, packing=packing
+        )
     out = low_rank_linear(
         x, layer.kept, layer.bias, down, up, scale, dropout=dropout, transposed=transposed, packing=packing
     )
@@ -129,21 +132,3 @@ def adapted(layer: LoRALinear, x: Tensor) -> Tensor:
         dropped = nn.functional.dropout(x, layer.dropout_of(other))
         out = out + low_rank_update(dropped, *layer.factors(other), weight * layer.adapters[other].scale)
     return out
-
-
-def _decomposed(layer: LoRALinear, x: Tensor, name: str, down: Tensor, up: Tensor) -> Tensor:
-    """DoRA. Dropout is of the inputs of what the adapter changes; the base sees them all."""
-    scale, lengths = layer.adapters[name].scale, layer.own("lora_magnitude", name)
-    transposed, packing = layer.transposed, layer.packing
-    dropout = layer.dropout_of(name)
-    if not dropout:
-        return dora_linear(x, layer.kept, layer.bias, down, up, lengths, scale, transposed=transposed, packing=packing)
-    dropped = nn.functional.dropout(x, dropout)
-    change = dora_linear(dropped, layer.kept, None, down, up, lengths, scale, transposed=transposed, packing=packing)
-    return layer.plain(x) + (change - _without_bias(layer, dropped))
-
-
-def _without_bias(layer: LoRALinear, x: Tensor) -> Tensor:
-    if layer.packing is not None:
-        return packed_linear(x, layer.kept, layer.packing)
-    return nn.functional.linear(x, layer.as_matrix(layer.weight))

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_tricks.errors import UnsupportedError
 from lightning_tricks.functional import dora_linear, low_rank_linear, low_rank_row_norms
+from lightning_tricks.functional.dropout_masks import draw_mask
 
 
 def tensors(tokens=(7,), width=5, out=4, dtype=torch.float64, bias=True):
@@ -142,18 +143,45 @@ def test_dropout_drops_the_share_that_it_says_and_scales_what_is_left(asked, don
     assert abs(float(dropped.float().mean()) - done) < 0.01
 
 
-def test_gradients_of_dropout_are_those_of_the_mask_that_was_drawn():
-    x, weight, shift, down, up = tensors((64,))
-    torch.manual_seed(5)
-    out = low_rank_linear(x, weight, shift, down, up, 1.5, dropout=0.25)
-    ours = gradients(out, (x, down, up))
-    torch.manual_seed(5)
-    identity = torch.eye(5, dtype=torch.float64)
-    nothing = torch.zeros(5, 5, dtype=torch.float64)
-    dropped = low_rank_linear(torch.ones_like(x), nothing, None, identity, identity, 1.0, dropout=0.25).detach()
-    expected = F.linear(x, weight, shift) + 1.5 * (x * dropped) @ down.t() @ up
+MANY_ROWS = (40_000,)  # more than are masked at a time
+
+
+@pytest.mark.parametrize("tokens", [(64,), (3, 5), (0,), MANY_ROWS], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_dropout_are_those_of_the_mask_that_was_drawn(tokens, transposed):
+    x, weight, shift, down, up = tensors(tokens)
+    given = weight.t().contiguous() if transposed else weight
+    out = _at_seed(lambda x: low_rank_linear(x, given, shift, down, up, 1.5, dropout=0.25, transposed=transposed), x, 5)
+    dropped = x * _scaled_mask(x, 5)
+    expected = F.linear(x, weight, shift) + 1.5 * dropped @ down.t() @ up
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(ours, gradients(expected, (x, down, up)))
+    torch.testing.assert_close(gradients(out, (x, down, up)), gradients(expected, (x, down, up)))
+
+
+@pytest.mark.parametrize("tokens", [(64,), (3, 5), (0,), MANY_ROWS], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_drops_inputs_of_what_differs_from_the_plain_layer(tokens, transposed, bias):
+    x, weight, shift, down, up = tensors(tokens, bias=bias)
+    magnitude = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    weight.requires_grad_(True)
+    given = weight.t() if transposed else weight
+
+    def layer(x):
+        return dora_linear(x, given, shift, down, up, magnitude, 1.5, dropout=0.25, transposed=transposed)
+
+    out, dropped = _at_seed(layer, x, 5), x * _scaled_mask(x, 5)
+    differs = dora_written_out(dropped, weight, None, down, up, magnitude, 1.5) - F.linear(dropped, weight)
+    expected = F.linear(x, weight, shift) + differs
+    torch.testing.assert_close(out, expected)
+    trained = (x, weight, down, up, magnitude)
+    torch.testing.assert_close(gradients(out, trained), gradients(expected, trained))
+
+
+def _scaled_mask(x, seed):
+    torch.manual_seed(seed)
+    mask, scale = draw_mask(x.reshape(-1, x.shape[-1]), 0.25)
+    return mask.view(x.shape).to(x.dtype) * scale
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
@@ -202,14 +230,14 @@ class Net(nn.Module):
 
     def forward(self, x):
         weight, bias = self.base.weight, self.base.bias
-        if self.kernel == "dora":
-            return dora_linear(x, weight, bias, self.down, self.up, self.length, 2.0)
         dropout = self.dropout if self.training else 0.0
+        if self.kernel == "dora":
+            return dora_linear(x, weight, bias, self.down, self.up, self.length, 2.0, dropout=dropout)
         return low_rank_linear(x, weight, bias, self.down, self.up, 2.0, dropout=dropout)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so itself
-@pytest.mark.parametrize(("kernel", "dropout"), [("lora", 0.0), ("lora", 0.5), ("dora", 0.0)])
+@pytest.mark.parametrize(("kernel", "dropout"), [("lora", 0.0), ("lora", 0.5), ("dora", 0.0), ("dora", 0.5)])
 @pytest.mark.slow
 def test_compiles_into_one_graph_and_stays_compiled(kernel, dropout):
     torch.compiler.reset()
