@@ -2,9 +2,11 @@
 
 Run it by `python benchmarks/adapters.py`, or in parts: `--parts nf4 verbs`. Each part takes less than five minutes, and
 its findings replace those of the same part in the file. The sides take turns, step by step, in one process; what counts
-is CPU time of forward and backward. The frozen limit is the model without adapters, whose gradients start at the first
-adapted layer's output: no adapter can be quicker. Peak memory is of processes of their own. The part `nf4` is beside
-bitsandbytes, and needs it: `pip install --no-deps bitsandbytes`, or a folder that has it in PYTHONPATH.
+is CPU time of forward and backward. A part is run in several processes, and the median one counts: in some of them the
+allocator gives memory back to the system at each of peft's steps, and takes it anew, which costs up to a tenth of a
+step. The frozen limit is the model without adapters, whose gradients start at the first adapted layer's output: no
+adapter can be quicker. Peak memory is of processes of their own. The part `nf4` is beside bitsandbytes, and needs it:
+`pip install --no-deps bitsandbytes`, or a folder that has it in PYTHONPATH.
 """
 
 import argparse
@@ -71,8 +73,31 @@ def compare(name, steps):
         "peft, times the frozen limit": ratio("peft", "frozen"),
         "milliseconds": {side: round(1e3 * statistics.median(each), 1) for side, each in seconds.items()},
     }
-    print(name, found, flush=True)
+    print(name, found, file=sys.stderr)
     return found
+
+
+def median_of(part, steps, processes):
+    """Every comparison of a part: medians over processes, and each process's ratio to peft."""
+    each = [alone("--alone", part, "--steps", str(steps)) for _ in range(processes)]
+    return {name: _median([found[name] for found in each]) for name in each[0]}
+
+
+def _median(found):
+    """Of what several processes found, key by key."""
+    first = found[0]
+    if isinstance(first, dict):
+        medians = {key: _median([each[key] for each in found]) for key in first}
+        if "times as fast as peft" in first:
+            medians["times as fast as peft, each process"] = [each["times as fast as peft"] for each in found]
+        return medians
+    return first if first is None else round(statistics.median(found), 3)
+
+
+def alone(*arguments):
+    """The JSON that ends what this file prints in a process of its own."""
+    ran = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def peaks():
@@ -81,7 +106,8 @@ def peaks():
     for name in PEAKS:
         if "NF4" in name and not has_bitsandbytes():
             continue
-        each = {side: peak(name, side) for side in ("ours", "peft")}
+        # Resident MiB at its peak, and what of it is above what is there once the model is built.
+        each = {side: alone("--peak", name, side) for side in ("ours", "peft")}
         above = [each[side]["above the model"] for side in ("ours", "peft")]
         whole = [each[side]["peak"] for side in ("ours", "peft")]
         found[name] = {
@@ -92,12 +118,6 @@ def peaks():
         }
         print(name, found[name], flush=True)
     return found
-
-
-def peak(name, side):
-    """Peak resident memory in MiB, and what of it is above what is there once the model is built."""
-    ran = subprocess.run([sys.executable, __file__, "--peak", name, side], capture_output=True, text=True, check=True)
-    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def measure_peak(name, side):
@@ -153,17 +173,19 @@ def turns(rounds, ours, theirs):
 SECTIONS = {"peak": "peak MiB", "verbs": "milliseconds of verbs, GPT-2 Medium"}
 
 
-def run(part, steps):
+def run(part, steps, processes):
     """The findings of a part, by section of the file."""
     if part in SECTIONS:
         return {SECTIONS[part]: peaks() if part == "peak" else verbs()}
-    return {"steps": {name: compare(name, steps) for name in PARTS[part]}}
+    return {"steps": median_of(part, steps, processes)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", default=[*PARTS, *SECTIONS], choices=[*PARTS, *SECTIONS])
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--alone", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=_report.RESULTS / "adapters.json")
     options = parser.parse_args()
@@ -171,13 +193,18 @@ def main():
     if options.peak:
         measure_peak(*options.peak)
         return
+    if options.alone:
+        print(json.dumps({name: compare(name, options.steps) for name in PARTS[options.alone]}))
+        return
     for part in options.parts:
         if part == "nf4" and not has_bitsandbytes():
             print("the part nf4 was not run: it needs bitsandbytes")
             continue
         start, busy = time.perf_counter(), _report.load_average()
-        found = run(part, options.steps)
+        found = run(part, options.steps, options.processes)
         how = {"load_average_before": busy, "seconds": round(time.perf_counter() - start), "turns": options.steps}
+        if part in PARTS:
+            how["processes"] = options.processes
         keep(options.output, part, found, {**how, "commit": _report.commit()})
 
 
