@@ -15,6 +15,7 @@ from lightning_tricks.functional.low_rank_linear import (
     refuse_second_derivative,
     updated_weight,
     weight_is_cheaper,
+    without_autocast,
 )
 from lightning_tricks.functional.packed_weight import Packing
 from lightning_tricks.functional.row_norms import (
@@ -113,7 +114,7 @@ class _DoRALinear(torch.autograd.Function):
             factor = row_factor(magnitude, torch.linalg.vector_norm(updated, dim=0))
             out = affine(x, updated.mul_(factor), bias)
         else:
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device):
                 factor = row_factor(magnitude, low_rank_row_norms(matrix.t(), down, up, scale))
             out = x.mm(matrix).addmm_(narrow, small_up, alpha=scale).mul_(factor.to(compute))
             if bias is not None:
@@ -131,7 +132,7 @@ class _DoRALinear(torch.autograd.Function):
         refuse_second_derivative("DoRA")
         x, weight, _, down, up, _, factor, narrow = ctx.saved_tensors
         grad = grads[0].to(ctx.compute)
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             cast = read_weight(weight, ctx.packing, ctx.compute)
             matrix = cast.t() if ctx.transposed else cast
             small_down, small_up = down.to(grad.dtype), (up * (factor * ctx.scale)).to(grad.dtype)

@@ -1,9 +1,11 @@
 """Masks of dropout, a byte an element, and products of what they leave: no masked copy of all activations is made."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-__all__ = ["draw_mask", "masked_gradient", "masked_narrow"]
+__all__ = ["add_through_mask_", "draw_mask", "masked_gradient", "masked_narrow"]
 
 _VALUES = 256  # of a byte: what the probability of dropout is rounded to
 _PART = 1 << 17  # elements that are masked at a time: they and what they give stay in the cache of one core
@@ -35,32 +37,44 @@ def masked_narrow(x: Tensor, mask: Tensor, small: Tensor) -> Tensor:
         mask: of the same shape.
         small: of shape (rank, width).
     """
-    narrow = x.new_empty(x.shape[0], small.shape[0])
-    for part in _parts(x):
-        narrow[part] = small.mm((x[part] * mask[part]).t()).t()
-    return narrow
+    parts = [small.mm((one * stays).t()) for one, stays in _in_parts(x, mask)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).t()
 
 
-def masked_gradient(x: Tensor, mask: Tensor, narrow_grad: Tensor, small: Tensor, grad_x: Tensor | None) -> Tensor:
-    """The gradient of `small` in `masked_narrow`, in fp32 or wider; that of `x` is added to `grad_x`, if there is one.
+def masked_gradient(x: Tensor, mask: Tensor, narrow_grad: Tensor) -> Tensor:
+    """`narrow_grad.T @ (x * mask)`, in fp32 or wider: the gradient of `small` above.
 
     Args:
         x: as above.
         mask: as above.
-        narrow_grad: the gradient of what `masked_narrow` returned.
-        small: as above.
-        grad_x: of the shape of `x`.
+        narrow_grad: the gradient of what `masked_narrow` returned, of shape (rows, rank).
     """
-    gradient = torch.zeros(small.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for part in _parts(x):
-        gradient += narrow_grad[part].t().mm(x[part] * mask[part])
-        if grad_x is not None:
-            grad_x[part].addcmul_(narrow_grad[part].mm(small), mask[part])
-    return gradient
+    exact = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros(narrow_grad.shape[1], x.shape[1], dtype=exact, device=x.device)
+    for one, stays, back in _in_parts(x, mask, narrow_grad):
+        total += back.t().mm(one * stays)
+    return total
 
 
-def _parts(rows: Tensor) -> list[slice]:
-    if torch.compiler.is_compiling() or rows.device.type != "cpu":
-        return [slice(None)]
-    count = max(1, _PART // max(1, rows.shape[1]))
-    return [slice(start, start + count) for start in range(0, rows.shape[0], count)]
+def add_through_mask_(grad_x: Tensor, mask: Tensor, narrow_grad: Tensor, small: Tensor) -> None:
+    """Add to `grad_x` the gradient of `x` above, `(narrow_grad @ small) * mask`.
+
+    Args:
+        grad_x: of the shape of `x`.
+        mask: as above.
+        narrow_grad: as above.
+        small: as above.
+    """
+    for one, stays, back in _in_parts(grad_x, mask, narrow_grad):
+        one.addcmul_(back.mm(small), stays)
+
+
+def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """As many rows of each as the cache of one core holds; all of them on other devices, and where a graph is made."""
+    first = tensors[0]
+    if torch.compiler.is_compiling() or first.device.type != "cpu" or first.numel() <= _PART:
+        yield tensors
+        return
+    count = max(1, _PART // first.shape[1])
+    for start in range(0, first.shape[0], count):
+        yield tuple(each[start : start + count] for each in tensors)

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from lightning_tricks.functional.dropout_masks import masked_gradient
-from lightning_tricks.functional.low_rank_linear import affine, narrowed, read_weight, refuse_second_derivative
+from lightning_tricks.functional.low_rank_linear import (
+    affine,
+    narrowed,
+    read_weight,
+    refuse_second_derivative,
+    without_autocast,
+)
 from lightning_tricks.functional.packed_weight import Packing
 from lightning_tricks.functional.row_norms import (
     column_sums,
@@ -51,7 +57,7 @@ class _DroppedDoRA(torch.autograd.Function):
     ) -> Tensor:
         cast = read_weight(weight, packing, x.dtype)
         matrix = cast if transposed else cast.t()
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             factor = row_factor(magnitude, low_rank_row_norms(matrix.t(), down, up, scale))
             kept = x * mask
             narrow = narrowed(kept, down.to(x.dtype))
@@ -70,7 +76,7 @@ class _DroppedDoRA(torch.autograd.Function):
         refuse_second_derivative("DoRA")
         x, weight, bias, down, up, magnitude, mask, factor, narrow, updated = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             cast = read_weight(weight, ctx.packing, x.dtype)
             matrix = cast.t() if ctx.transposed else cast
             share = factor * ctx.larger
@@ -86,7 +92,7 @@ class _DroppedDoRA(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 full = grad.t().mm(x) + (grad * change).t().mm(x * mask)
                 grad_weight = (full.t() if ctx.transposed else full).to(ctx.weight_dtype)
-            grad_down = masked_gradient(x, mask, narrow_grad, small_down, None).to(down.dtype)
+            grad_down = masked_gradient(x, mask, narrow_grad).to(down.dtype)
             grad_up = (narrow.t().mm(grad).to(exact_dtype(grad)) * (share * ctx.scale)).to(up.dtype)
             grad_magnitude = (total * share / not_zero(magnitude)).to(magnitude.dtype)
             grad_bias = None if sums is None else sums.to(bias.dtype)

@@ -1,12 +1,13 @@
 """A linear layer and its low-rank update as one operation, with a backward pass of its own."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_tricks.errors import UnsupportedError
-from lightning_tricks.functional.dropout_masks import draw_mask, masked_gradient, masked_narrow
+from lightning_tricks.functional.dropout_masks import add_through_mask_, draw_mask, masked_gradient, masked_narrow
 from lightning_tricks.functional.packed_weight import Packing
 
 __all__ = ["low_rank_linear"]
@@ -90,6 +91,11 @@ def read_weight(weight: Tensor, packing: Packing | None, dtype: torch.dtype) -> 
     return weight.to(dtype) if packing is None else packing.unpack(weight, dtype)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off. To say so where it is off costs as much as a small product."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
 def refuse_second_derivative(name: str) -> None:
     """Raise in a backward pass that is itself to be differentiated.
 
@@ -142,19 +148,17 @@ class _LowRankLinear(torch.autograd.Function):
         refuse_second_derivative("A low-rank adapter")
         x, weight, down, up, mask, narrow = ctx.saved_tensors
         grad = grads[0].to(ctx.compute)
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             small_down, small_up = down.to(ctx.compute), up.to(ctx.compute)
             narrow_grad = narrowed(grad, small_up).mul_(ctx.scale)
             grad_x = grad_weight = grad_bias = None
             if ctx.needs_input_grad[0]:
                 matrix = read_weight(weight, ctx.packing, ctx.compute)
                 grad_x = grad.mm(matrix.t() if ctx.transposed else matrix)
-            if mask is None:
-                grad_down = narrow_grad.t().mm(x)
-                if grad_x is not None:
+                if mask is None:
                     grad_x.addmm_(narrow_grad, small_down)
-            else:
-                grad_down = masked_gradient(x, mask, narrow_grad, small_down, grad_x)
+                else:
+                    add_through_mask_(grad_x, mask, narrow_grad, small_down)
             if ctx.needs_input_grad[1]:
                 full = x.t().mm(grad) if ctx.transposed else grad.t().mm(x)
                 grad_weight = full.to(ctx.dtypes[0])
@@ -162,6 +166,7 @@ class _LowRankLinear(torch.autograd.Function):
                 grad_bias = grad.sum(0).to(ctx.dtypes[1])
             if narrow is None:
                 narrow = narrowed(x, small_down)
+            grad_down = narrow_grad.t().mm(x) if mask is None else masked_gradient(x, mask, narrow_grad)
             grad_up = narrow.t().mm(grad).mul_(ctx.scale).to(up.dtype)
         return grad_x, grad_weight, grad_bias, grad_down.to(down.dtype), grad_up, None, None, None, None, None
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tricks.functional.low_rank_linear import compute_dtype, refuse_second_derivative
+from lightning_tricks.functional.low_rank_linear import compute_dtype, refuse_second_derivative, without_autocast
 from lightning_tricks.functional.packed_weight import Packing
 
 __all__ = ["packed_linear"]
@@ -50,7 +50,7 @@ class _PackedLinear(torch.autograd.Function):
         refuse_second_derivative("A packed layer")
         (packed,), grad = ctx.saved_tensors, grads[0].to(ctx.compute)
         grad_x = grad_bias = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             if ctx.needs_input_grad[0]:
                 grad_x = grad @ ctx.packing.unpack(packed, ctx.compute)
             if ctx.needs_input_grad[3]:
