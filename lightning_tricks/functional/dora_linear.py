@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from lightning_tricks.functional.dropout_masks import draw_mask
-from lightning_tricks.functional.dropped_dora import dropped_dora
-from lightning_tricks.functional.low_rank_linear import (
+from lightning_tricks.functional.dropped_dora import DroppedDoRA
+from lightning_tricks.functional.linear_parts import (
     affine,
     compute_dtype,
     narrowed,
     read_weight,
     refuse_second_derivative,
+    through_rows,
     updated_weight,
     weight_is_cheaper,
     without_autocast,
@@ -82,7 +83,9 @@ def dora_linear(
             rows, weight, bias, down, up, magnitude, scale, transposed, compute, packing
         )
     else:
-        out = dropped_dora(rows, weight, bias, down, up, magnitude, mask, larger, scale, transposed, packing)
+        out = DroppedDoRA.apply(  # type: ignore[no-untyped-call]
+            rows, weight, bias, down, up, magnitude, mask, larger, scale, transposed, packing
+        )
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -140,10 +143,7 @@ class _DoRALinear(torch.autograd.Function):
             grad_magnitude, grad_bias = _vector_gradients(ctx, grad, matrix)
             grad_x = grad_weight = None
             if ctx.needs_input_grad[0]:
-                scaled = factor.to(grad.dtype)
-                wide = x.shape[1] >= x.shape[0]
-                grad_x = (grad * scaled).mm(matrix) if wide else grad.mm(matrix * scaled[:, None])
-                grad_x.addmm_(narrow_grad, small_down)
+                grad_x = through_rows(grad, matrix, factor.to(grad.dtype)).addmm_(narrow_grad, small_down)
             if ctx.needs_input_grad[1]:
                 full = (grad * factor.to(grad.dtype)).t().mm(x)
                 grad_weight = (full.t() if ctx.transposed else full).to(ctx.weight_dtype)

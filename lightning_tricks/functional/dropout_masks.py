@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_tricks.functional.linear_parts import narrowed
+
 __all__ = ["add_through_mask_", "draw_mask", "masked_gradient", "masked_narrow"]
 
 _VALUES = 256  # of a byte: what the probability of dropout is rounded to
@@ -37,8 +39,8 @@ def masked_narrow(x: Tensor, mask: Tensor, small: Tensor) -> Tensor:
         mask: of the same shape.
         small: of shape (rank, width).
     """
-    parts = [small.mm((one * stays).t()) for one, stays in _in_parts(x, mask)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).t()
+    parts = [narrowed(one * stays, small) for one, stays in _in_parts(x, mask)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def masked_gradient(x: Tensor, mask: Tensor, narrow_grad: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from lightning_tricks.functional.dropout_masks import masked_gradient
-from lightning_tricks.functional.low_rank_linear import (
+from lightning_tricks.functional.linear_parts import (
     affine,
     narrowed,
     read_weight,
     refuse_second_derivative,
+    through_rows,
     without_autocast,
 )
 from lightning_tricks.functional.packed_weight import Packing
@@ -22,23 +23,15 @@ from lightning_tricks.functional.row_norms import (
     row_factor,
 )
 
-__all__ = ["dropped_dora"]
+__all__ = ["DroppedDoRA"]
 
 
-def dropped_dora(*inputs: Any) -> Tensor:
+class DroppedDoRA(torch.autograd.Function):
     """`x @ W.T + bias + larger * (f * (kept @ W.T + scale * kept @ down.T @ up) - kept @ W.T)`, `kept = x * mask`.
 
-    `f` is the factor of each row, a constant in the backward pass.
-
-    Args:
-        inputs: as `_DroppedDoRA.forward` names them, those of two dimensions.
+    `f` is the factor of each row, a constant in the backward pass. Inputs are two-dimensional. Two products with the
+    weight in each direction, and a mask of a byte an element kept instead of `x * mask`.
     """
-    out: Tensor = _DroppedDoRA.apply(*inputs)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _DroppedDoRA(torch.autograd.Function):
-    """Two products with the weight in each direction, and a mask of a byte an element kept instead of `x * mask`."""
 
     @staticmethod
     def forward(
@@ -55,6 +48,7 @@ class _DroppedDoRA(torch.autograd.Function):
         transposed: bool,
         packing: Packing | None,
     ) -> Tensor:
+        """The output."""
         cast = read_weight(weight, packing, x.dtype)
         matrix = cast if transposed else cast.t()
         with without_autocast(x.device):
@@ -73,6 +67,7 @@ class _DroppedDoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of each input that has one."""
         refuse_second_derivative("DoRA")
         x, weight, bias, down, up, magnitude, mask, factor, narrow, updated = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
@@ -86,9 +81,8 @@ class _DroppedDoRA(torch.autograd.Function):
             grad_x = grad_weight = None
             change = (share - ctx.larger).to(x.dtype)  # of the weight, row by row, before the two factors
             if ctx.needs_input_grad[0]:
-                wide = x.shape[1] >= x.shape[0]
-                through = (grad * change).mm(matrix) if wide else grad.mm(matrix * change[:, None])
-                grad_x = grad.mm(matrix).addcmul_(through.addmm_(narrow_grad, small_down), mask)
+                through = through_rows(grad, matrix, change).addmm_(narrow_grad, small_down)
+                grad_x = grad.mm(matrix).addcmul_(through, mask)
             if ctx.needs_input_grad[1]:
                 full = grad.t().mm(x) + (grad * change).t().mm(x * mask)
                 grad_weight = (full.t() if ctx.transposed else full).to(ctx.weight_dtype)

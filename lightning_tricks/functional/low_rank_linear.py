@@ -1,18 +1,24 @@
 """A linear layer and its low-rank update as one operation, with a backward pass of its own."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_tricks.errors import UnsupportedError
 from lightning_tricks.functional.dropout_masks import add_through_mask_, draw_mask, masked_gradient, masked_narrow
+from lightning_tricks.functional.linear_parts import (
+    affine,
+    compute_dtype,
+    narrowed,
+    read_weight,
+    refuse_second_derivative,
+    updated_weight,
+    weight_is_cheaper,
+    without_autocast,
+)
 from lightning_tricks.functional.packed_weight import Packing
 
 __all__ = ["low_rank_linear"]
-
-_CACHED = 1 << 19  # elements of fp32 that the cache of one core holds
 
 
 def low_rank_linear(
@@ -78,39 +84,6 @@ def _is_transformed(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What torch's own linear layer would compute in."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
-def read_weight(weight: Tensor, packing: Packing | None, dtype: torch.dtype) -> Tensor:
-    """A weight at a precision, unpacked if it is in few bits."""
-    return weight.to(dtype) if packing is None else packing.unpack(weight, dtype)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off. To say so where it is off costs as much as a small product."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Raise in a backward pass that is itself to be differentiated.
-
-    Raises:
-        UnsupportedError: naming the operation.
-    """
-    if torch.is_grad_enabled():
-        raise UnsupportedError(
-            name,
-            "`create_graph=True`",
-            "its backward pass is written by hand and has no derivative",
-            "differentiate once, or merge the adapter and differentiate the plain layer",
-        )
-
-
 class _LowRankLinear(torch.autograd.Function):
     """Of two-dimensional inputs. Saves inputs, never its output, which may be overwritten."""
 
@@ -169,36 +142,3 @@ class _LowRankLinear(torch.autograd.Function):
             grad_down = narrow_grad.t().mm(x) if mask is None else masked_gradient(x, mask, narrow_grad)
             grad_up = narrow.t().mm(grad).mul_(ctx.scale).to(up.dtype)
         return grad_x, grad_weight, grad_bias, grad_down.to(down.dtype), grad_up, None, None, None, None, None
-
-
-def weight_is_cheaper(rows: Tensor, compute: torch.dtype) -> bool:
-    """Whether a pass over the weight costs less than one over the product of `rows` with it; in bf16 it would round."""
-    return compute == torch.float32 and rows.shape[1] < rows.shape[0]
-
-
-def updated_weight(
-    weight: Tensor, down: Tensor, up: Tensor, scale: float, *, transposed: bool, own: bool = False
-) -> Tensor:
-    """`weight + scale * up.T @ down` in the layout of the weight: to copy one into the other takes twice as long.
-
-    Args:
-        weight: as in `low_rank_linear`, unpacked.
-        down: as there, in the weight's precision.
-        up: as there, in the weight's precision.
-        scale: as there.
-        transposed: as there.
-        own: whether the weight is nobody else's, and may become the result.
-    """
-    first, second = (down.t(), up) if transposed else (up.t(), down)
-    return weight.addmm_(first, second, alpha=scale) if own else torch.addmm(weight, first, second, alpha=scale)
-
-
-def narrowed(rows: Tensor, small: Tensor) -> Tensor:
-    """`rows @ small.T`, (rows, rank), in the order of factors that takes a CPU less time, by up to a half."""
-    if rows.dtype == torch.float32 and rows.numel() <= _CACHED:
-        return small.mm(rows.t()).t()
-    return rows.mm(small.t())
-
-
-def affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return x.mm(matrix) if bias is None else torch.addmm(bias.to(x.dtype), x, matrix)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tricks.functional.low_rank_linear import compute_dtype, refuse_second_derivative, without_autocast
+from lightning_tricks.functional.linear_parts import compute_dtype, refuse_second_derivative, without_autocast
 from lightning_tricks.functional.packed_weight import Packing
 
 __all__ = ["packed_linear"]

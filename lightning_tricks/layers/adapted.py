@@ -87,7 +87,7 @@ class AdaptedLayer(nn.Module):
                 parameter.requires_grad_(name in self.active)
 
     def merged_values(self) -> dict[str, Tensor]:
-        """The layer's own parameters as they would be with the active adapters merged into them."""
+        """The layer's own parameters with the active adapters merged into them. Each kind of layer has its own."""
         raise NotImplementedError
 
     def merge(self) -> None:

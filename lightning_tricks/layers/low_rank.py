@@ -62,15 +62,15 @@ class LowRankLayer(AdaptedLayer):
         return cast(Tensor, self.weight)
 
     def matrix_shape(self) -> tuple[int, int]:
-        """The weight's (outputs, inputs)."""
+        """The weight's (outputs, inputs). Each kind of layer has its own."""
         raise NotImplementedError
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """A tensor of the weight's shape, as the matrix (outputs, inputs)."""
+        """A tensor of the weight's shape, as the matrix (outputs, inputs). Each kind of layer has its own."""
         raise NotImplementedError
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """The reverse of `as_matrix`."""
+        """The reverse of `as_matrix`. Each kind of layer has its own."""
         raise NotImplementedError
 
     def _create(self, name: str, options: LowRank) -> None:

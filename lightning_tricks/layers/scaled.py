@@ -33,7 +33,7 @@ class ScaledLayer(AdaptedLayer):
     output_axis = 0  # of the weight
 
     def sizes(self) -> tuple[int, int]:
-        """The number of outputs and of inputs."""
+        """The number of outputs and of inputs. Each kind of layer has its own."""
         raise NotImplementedError
 
     def _create(self, name: str, options: Scaling) -> None:
